@@ -1,0 +1,68 @@
+//! The system calls that no library offers in safe form.
+#![allow(unsafe_code)]
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+};
+
+use nix::sys::signal::{SigHandler, Signal, signal};
+use tokio::io::{Interest, unix::AsyncFd};
+
+mod ioctls {
+    // `linux/random.h`: RNDADDTOENTCNT, RNDRESEEDCRNG.
+    nix::ioctl_write_ptr!(add_to_entropy_count, b'R', 0x01, nix::libc::c_int);
+    nix::ioctl_none!(reseed, b'R', 0x07);
+    // `linux/vm_sockets.h`: IOCTL_VM_SOCKETS_GET_LOCAL_CID.
+    nix::ioctl_read_bad!(local_cid, nix::request_code_none!(7, 0xb9), u32);
+}
+
+/// Has the runtime tell when `fd` is ready for `interest`.
+///
+/// # Errors
+/// When it is nothing that can be waited for.
+pub fn register(fd: impl Into<OwnedFd>, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` always answers the same descriptor and keeps it open until it is dropped, and `AsyncFd` owns
+    // it from here on.
+    unsafe { AsyncFd::register_with_interest(fd.into(), interest) }.map_err(|refused| refused.into_parts().1)
+}
+
+/// Takes a descriptor that the parent process passed by number.
+///
+/// # Errors
+/// When no such descriptor is open.
+pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD takes no pointer and changes nothing.
+    if fd < 3 || unsafe { nix::libc::fcntl(fd, nix::libc::F_GETFD) } < 0 {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    // SAFETY: `fd` is open, above the standard streams, and was opened by the parent for this process alone; the one
+    // caller takes each number once, before it opens anything itself.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Gives SIGPIPE back the meaning that programs expect: Rust's runtime ignores it, and `execve(2)` keeps that.
+pub fn restore_sigpipe() -> io::Result<()> {
+    // SAFETY: SIG_DFL runs no code of ours.
+    unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
+    Ok(())
+}
+
+/// Credits what was written to `random` as entropy, and has the kernel use it at once.
+pub fn credit_entropy(random: &File, bits: i32) -> io::Result<()> {
+    // SAFETY: `random` is open for the call, and the kernel reads one c_int.
+    unsafe { ioctls::add_to_entropy_count(random.as_raw_fd(), &bits) }?;
+    // SAFETY: the request has no argument.
+    unsafe { ioctls::reseed(random.as_raw_fd()) }?;
+    Ok(())
+}
+
+/// The guest's own context id, from `/dev/vsock`.
+pub fn local_cid() -> io::Result<u32> {
+    let vsock = File::open("/dev/vsock")?;
+    let mut cid = 0;
+    // SAFETY: `vsock` is open for the call, and the kernel writes one u32.
+    unsafe { ioctls::local_cid(vsock.as_raw_fd(), &mut cid) }?;
+    Ok(cid)
+}

@@ -1,0 +1,304 @@
+//! A guest that runs this agent: QEMU without KVM, and the two clients that a shim has.
+
+use std::{
+    env, fs, io,
+    os::unix::net::UnixListener,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use caisson_protocol::{
+    address::GuestVsock,
+    containerd::{
+        api::{
+            CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, StartRequest,
+            WaitRequest,
+        },
+        shim_async::TaskClient,
+    },
+    guest::CopyFileRequest,
+    guest_ttrpc::GuestClient,
+};
+struct VsockBackend(Child);
+impl VsockBackend {
+    fn start(l: UnixListener, uds: &Path, cid: u64) -> io::Result<Self> {
+        let a = l.local_addr()?.as_pathname().unwrap().to_owned();
+        drop(l);
+        fs::remove_file(&a)?;
+        let mut c = Command::new("/tmp/agent-work/vsock-serve").arg(&a).arg(uds).arg(cid.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        io::Read::read(c.stdout.as_mut().unwrap(), &mut [0; 6])?;
+        Ok(Self(c))
+    }
+}
+impl Drop for VsockBackend {
+    fn drop(&mut self) { let _ = self.0.kill(); let _ = self.0.wait(); }
+}
+use protobuf::{MessageField, well_known_types::any::Any};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{io::AsyncReadExt, task::JoinHandle, time::timeout};
+use ttrpc::context::{Context, with_duration};
+
+/// What QEMU needs on this machine to boot, and a container to end.
+const LIMIT: Duration = Duration::from_secs(60);
+
+pub fn limit() -> Context {
+    with_duration(LIMIT)
+}
+
+/// A running guest.
+pub struct Guest {
+    pub tasks: TaskClient,
+    pub guest: GuestClient,
+    vsock: GuestVsock,
+    qemu: Child,
+    _backend: VsockBackend,
+    dir: TempDir,
+}
+
+impl Guest {
+    /// Boots `$CAISSON_TEST_GUEST/{vmlinux,initrd.img}`, as `image-builder` makes them.
+    pub async fn boot() -> Self {
+        let images = env::var("CAISSON_TEST_GUEST").expect("CAISSON_TEST_GUEST names a directory with guest images");
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, vhost_user) = (dir.path().join("v"), dir.path().join("u"));
+        let backend = VsockBackend::start(UnixListener::bind(&vhost_user).unwrap(), &socket, 3).unwrap();
+        let vsock: GuestVsock = format!("hvsock:{}", socket.display()).parse().unwrap();
+        let listener = vsock.listen_for_agent().unwrap();
+        let qemu = qemu(Path::new(&images), &vhost_user, dir.path()).unwrap();
+        let connection = match timeout(LIMIT, listener.accept()).await {
+            Ok(connection) => connection.unwrap(),
+            Err(_) => panic!("the guest did not call:\n{}", console(dir.path())),
+        };
+        let client = ttrpc::asynchronous::Client::new(connection.into_ttrpc());
+        let (tasks, guest) = (TaskClient::new(client.clone()), GuestClient::new(client));
+        Self { tasks, guest, vsock, qemu, _backend: backend, dir }
+    }
+
+    /// What the guest wrote to its console.
+    pub fn console(&self) -> String {
+        console(self.dir.path())
+    }
+
+    /// Waits until the machine has ended by itself.
+    pub async fn ended(mut self) {
+        let mut qemu = std::mem::replace(&mut self.qemu, Command::new("true").spawn().unwrap());
+        let ended = tokio::task::spawn_blocking(move || qemu.wait());
+        timeout(LIMIT, ended).await.expect("the guest ends").unwrap().unwrap();
+    }
+
+    /// Writes a file in the guest.
+    pub async fn write(&self, path: &str, mode: u32, data: &[u8]) {
+        let request = CopyFileRequest { path: path.into(), mode, data: data.to_vec(), ..Default::default() };
+        self.guest.copy_file(limit(), &request).await.unwrap();
+    }
+
+    /// Makes container `id` from busybox and `config`, and waits for its call on each stream.
+    pub async fn create(&self, id: &str, config: &Value) -> Result<Task<'_>, ttrpc::Error> {
+        let bundle = self.bundle(id, config).await;
+        let terminal = config["process"]["terminal"] == true;
+        let (stdout, stderr) = (self.listen(), self.listen());
+        let request = CreateTaskRequest {
+            id: id.into(),
+            bundle,
+            terminal,
+            stdout: stdout.0.clone(),
+            stderr: if terminal { String::new() } else { stderr.0.clone() },
+            ..Default::default()
+        };
+        self.tasks.create(limit(), &request).await?;
+        Ok(Task { guest: self, id: id.into(), exec_id: String::new(), stdout: stdout.1, stderr: stderr.1 })
+    }
+
+    /// Writes the bundle of a busybox container.
+    pub async fn bundle(&self, id: &str, config: &Value) -> String {
+        let bundle = format!("/run/caisson/bundles/{id}");
+        self.write(&format!("{bundle}/config.json"), 0o644, config.to_string().as_bytes()).await;
+        let busybox = fs::read("/bin/busybox").unwrap();
+        for name in ["busybox", "sh", "cat", "sleep", "id", "ls", "stty"] {
+            self.write(&format!("{bundle}/rootfs/bin/{name}"), 0o755, &busybox).await;
+        }
+        bundle
+    }
+
+    /// Adds a process to container `id`.
+    pub async fn exec(&self, id: &str, exec_id: &str, process: &Value) -> Result<Task<'_>, ttrpc::Error> {
+        let (stdout, stderr) = (self.listen(), self.listen());
+        let terminal = process["terminal"] == true;
+        let request = ExecProcessRequest {
+            id: id.into(),
+            exec_id: exec_id.into(),
+            terminal,
+            stdout: stdout.0.clone(),
+            stderr: if terminal { String::new() } else { stderr.0.clone() },
+            spec: MessageField::some(Any { value: process.to_string().into_bytes(), ..Default::default() }),
+            ..Default::default()
+        };
+        self.tasks.exec(limit(), &request).await?;
+        Ok(Task { guest: self, id: id.into(), exec_id: exec_id.into(), stdout: stdout.1, stderr: stderr.1 })
+    }
+
+    /// An address for one stream of the guest, and what will be read from it.
+    pub fn listen(&self) -> (String, JoinHandle<String>) {
+        let listener = self.vsock.listen_for_stream().unwrap();
+        let address = listener.address().to_string();
+        let heard = tokio::spawn(async move {
+            let mut stream = listener.accept().await.unwrap().into_ttrpc();
+            let mut heard = Vec::new();
+            stream.read_to_end(&mut heard).await.unwrap();
+            String::from_utf8_lossy(&heard).into_owned()
+        });
+        (address, heard)
+    }
+
+    /// A listener for a stream that the test itself handles.
+    pub fn listener(&self) -> caisson_protocol::address::GuestListener {
+        self.vsock.listen_for_stream().unwrap()
+    }
+
+    /// Runs a container to its end.
+    pub async fn run(&self, id: &str, config: &Value) -> Outcome {
+        let task = self.create(id, config).await.unwrap();
+        task.start().await.unwrap();
+        task.end().await
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+        if std::thread::panicking() {
+            eprintln!("--- the guest's console ---\n{}", self.console());
+        }
+    }
+}
+
+/// A container or one of its processes.
+pub struct Task<'a> {
+    guest: &'a Guest,
+    pub id: String,
+    pub exec_id: String,
+    stdout: JoinHandle<String>,
+    stderr: JoinHandle<String>,
+}
+
+/// How a process ended, and what it said.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Outcome {
+    pub status: u32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Task<'_> {
+    pub async fn start(&self) -> ttrpc::Result<u32> {
+        let request = StartRequest { id: self.id.clone(), exec_id: self.exec_id.clone(), ..Default::default() };
+        Ok(self.guest.tasks.start(limit(), &request).await?.pid)
+    }
+
+    pub async fn wait(&self) -> u32 {
+        let request = WaitRequest { id: self.id.clone(), exec_id: self.exec_id.clone(), ..Default::default() };
+        self.guest.tasks.wait(limit(), &request).await.unwrap().exit_status
+    }
+
+    pub async fn kill(&self, signal: u32) -> ttrpc::Result<()> {
+        let (id, exec_id) = (self.id.clone(), self.exec_id.clone());
+        let request = KillRequest { id, exec_id, signal, ..Default::default() };
+        self.guest.tasks.kill(limit(), &request).await.map(drop)
+    }
+
+    pub async fn delete(&self) -> ttrpc::Result<DeleteResponse> {
+        let request = DeleteRequest { id: self.id.clone(), exec_id: self.exec_id.clone(), ..Default::default() };
+        self.guest.tasks.delete(limit(), &request).await
+    }
+
+    /// Waits for the end, deletes, and gathers what was said.
+    pub async fn end(self) -> Outcome {
+        let status = self.wait().await;
+        assert_eq!(self.delete().await.unwrap().exit_status, status);
+        let heard = async |stream: JoinHandle<String>| match timeout(Duration::from_secs(2), stream).await {
+            Ok(heard) => heard.unwrap(),
+            Err(_) => String::new(),
+        };
+        Outcome { status, stdout: heard(self.stdout).await, stderr: heard(self.stderr).await }
+    }
+}
+
+/// A configuration as containerd writes it for `ctr run`, with `args`.
+pub fn config(args: &[&str]) -> Value {
+    let capabilities = json!([
+        "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID",
+        "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL",
+        "CAP_AUDIT_WRITE"
+    ]);
+    json!({
+        "ociVersion": "1.0.2",
+        "process": {
+            "user": { "uid": 0, "gid": 0, "additionalGids": [0, 10] },
+            "args": args,
+            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "GREETING=hello"],
+            "cwd": "/",
+            "capabilities": { "bounding": capabilities, "effective": capabilities, "permitted": capabilities },
+            "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024 }],
+            "noNewPrivileges": true
+        },
+        "root": { "path": "rootfs" },
+        "hostname": "box",
+        "mounts": [
+            { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"] },
+            { "destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+              "options": ["nosuid", "strictatime", "mode=755", "size=65536k"] },
+            { "destination": "/dev/pts", "type": "devpts", "source": "devpts",
+              "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"] },
+            { "destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+              "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"] },
+            { "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
+              "options": ["nosuid", "noexec", "nodev"] },
+            { "destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"] },
+            { "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+              "options": ["nosuid", "noexec", "nodev", "relatime", "ro"] },
+            { "destination": "/run", "type": "tmpfs", "source": "tmpfs",
+              "options": ["nosuid", "strictatime", "mode=755", "size=65536k"] }
+        ],
+        "linux": {
+            "resources": { "devices": [{ "allow": false, "access": "rwm" }], "pids": { "limit": 100 } },
+            "cgroupsPath": "/default/web",
+            "namespaces": [
+                { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "network" }
+            ],
+            "maskedPaths": ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+        }
+    })
+}
+
+/// A configuration that runs `script`.
+pub fn script(script: &str) -> Value {
+    config(&["sh", "-c", script])
+}
+
+fn qemu(images: &Path, vhost_user: &Path, dir: &Path) -> io::Result<Child> {
+    Command::new("qemu-system-x86_64")
+        .args(["-M", "microvm,accel=tcg,acpi=on,rtc=on,isa-serial=on,memory-backend=mem0"])
+        .args(["-cpu", "max", "-smp", "1", "-m", "512M", "-no-reboot", "-nodefaults", "-no-user-config", "-nographic"])
+        .args(["-object", "memory-backend-memfd,id=mem0,size=512M,share=on"])
+        .args(["-global", "virtio-mmio.force-legacy=false"])
+        .arg("-chardev")
+        .arg(format!("socket,id=vs,path={}", vhost_user.display()))
+        .args(["-device", "vhost-user-vsock-device,chardev=vs", "-device", "virtio-rng-device"])
+        .arg("-kernel")
+        .arg(images.join("vmlinux"))
+        .arg("-initrd")
+        .arg(images.join("initrd.img"))
+        .args(["-append", "console=ttyS0 quiet panic=-1 reboot=t caisson.log=debug caisson.console=1"])
+        .arg("-serial")
+        .arg(format!("file:{}", dir.join("console").display()))
+        .stdin(Stdio::null())
+        .spawn()
+}
+
+fn console(dir: &Path) -> String {
+    fs::read_to_string(dir.join("console")).unwrap_or_default()
+}

@@ -1,0 +1,116 @@
+//! Where this installation keeps its files: the configuration's lookup order, and the launchers.
+
+use std::{
+    env,
+    ffi::OsStr,
+    fs::{self, Metadata},
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    files::{self, Wanted},
+    problem::Problem,
+    watch::Watch,
+};
+
+/// Names the configuration, unless a request does.
+pub const FILE_VARIABLE: &str = "CAISSON_CONF_FILE";
+/// Where the administrator's configuration lies.
+pub const ADMINISTRATOR_FILE: &str = "/etc/caisson/configuration.toml";
+/// Where the installation's own configuration lies, below its prefix.
+pub const SHIPPED_FILE: &str = "share/defaults/caisson/configuration.toml";
+
+/// Where to look for what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Installation {
+    /// The first that exists is the configuration of a request that names none.
+    pub configurations: Vec<PathBuf>,
+    /// Where programs are, first match wins: this program's own directory, then `PATH`.
+    pub program_dirs: Vec<PathBuf>,
+}
+
+impl Installation {
+    /// The installation that the running program belongs to.
+    pub fn of_this_program() -> Self {
+        let program_dir = env::current_exe().ok().and_then(|program| program.parent().map(Path::to_owned));
+        Self::new(env::var_os(FILE_VARIABLE).as_deref(), env::var_os("PATH").as_deref(), program_dir)
+    }
+
+    fn new(file_variable: Option<&OsStr>, path_variable: Option<&OsStr>, program_dir: Option<PathBuf>) -> Self {
+        let shipped = program_dir.as_deref().and_then(Path::parent).map(|prefix| prefix.join(SHIPPED_FILE));
+        let configurations = match file_variable.filter(|file| !file.is_empty()) {
+            Some(file) => vec![PathBuf::from(file)],
+            None => [PathBuf::from(ADMINISTRATOR_FILE)].into_iter().chain(shipped).collect(),
+        };
+        let path = path_variable.map(|path| env::split_paths(path).collect::<Vec<_>>()).unwrap_or_default();
+        Self { configurations, program_dirs: program_dir.into_iter().chain(path).collect() }
+    }
+
+    /// The configuration to read, symlinks resolved: `requested`, or the first of the lookup order.
+    pub(crate) fn find(&self, requested: Option<&Path>, watch: &mut Watch) -> Result<PathBuf, Problem> {
+        let file = match requested {
+            Some(file) => file,
+            None => self.first_configuration(watch)?,
+        };
+        if !file.is_absolute() {
+            return Err(Problem::general(format!("read {}: not an absolute path", file.display())));
+        }
+        watch.look(file);
+        fs::canonicalize(file).map_err(|error| Problem::general(format!("read {}: {error}", file.display())))
+    }
+
+    fn first_configuration(&self, watch: &mut Watch) -> Result<&Path, Problem> {
+        for file in &self.configurations {
+            watch.look(file);
+            // A symlink to nowhere is a mistake to report, not a reason to look further.
+            if fs::symlink_metadata(file).is_ok() {
+                return Ok(file);
+            }
+        }
+        let tried: Vec<_> = self.configurations.iter().map(|file| file.display().to_string()).collect();
+        Err(Problem::general(format!("there is no configuration: tried {}", tried.join(", "))))
+    }
+
+    /// The program `name`, and what was seen of it.
+    pub(crate) fn find_program(&self, name: &str, watch: &mut Watch) -> Option<(PathBuf, Metadata)> {
+        self.program_dirs.iter().map(|dir| dir.join(name)).find_map(|file| {
+            let metadata = watch.look(&file)?;
+            files::examine(&file, Wanted::Program).ok().map(|()| (file, metadata))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_the_variable_the_administrators_file_comes_before_the_shipped_one() {
+        let installation = Installation::new(None, None, Some("/opt/caisson/bin".into()));
+        assert_eq!(
+            installation.configurations,
+            ["/etc/caisson/configuration.toml", "/opt/caisson/share/defaults/caisson/configuration.toml"]
+                .map(PathBuf::from)
+        );
+    }
+
+    #[test]
+    fn the_variable_comes_alone() {
+        let installation = Installation::new(Some("/x.toml".as_ref()), None, Some("/usr/bin".into()));
+        assert_eq!(installation.configurations, [PathBuf::from("/x.toml")]);
+    }
+
+    #[test]
+    fn programs_beside_this_one_come_before_those_in_path() {
+        let installation = Installation::new(None, Some("/bin:/sbin".as_ref()), Some("/opt/bin".into()));
+        assert_eq!(installation.program_dirs, ["/opt/bin", "/bin", "/sbin"].map(PathBuf::from));
+    }
+
+    #[test]
+    fn without_any_configuration_the_error_lists_what_was_tried() {
+        let installation =
+            Installation { configurations: vec!["/no/a.toml".into(), "/no/b.toml".into()], program_dirs: vec![] };
+        let problem = installation.find(None, &mut Watch::new()).unwrap_err();
+        assert_eq!(problem.to_string(), "there is no configuration: tried /no/a.toml, /no/b.toml");
+    }
+}

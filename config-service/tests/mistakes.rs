@@ -1,0 +1,203 @@
+//! What people read when their configuration is wrong: the exact words.
+
+mod host;
+
+use host::Host;
+
+/// One test: what is written below the host's files, and every problem that is told.
+macro_rules! mistake {
+    ($name:ident: $written:expr => $($told:expr),+ $(,)?) => {
+        #[tokio::test]
+        async fn $name() {
+            let host = Host::new();
+            host.configure($written);
+            assert_eq!(host.resolve().await.unwrap_err(), [$($told),+]);
+        }
+    };
+}
+
+mistake!(an_unknown_key_gets_the_nearest_one:
+    "kernal_params = \"quiet\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.kernal_params: unknown key; did you mean \"kernel_params\"?");
+
+mistake!(a_backends_key_is_suggested_too:
+    "machine_typ = \"q35\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.machine_typ: unknown key; did you mean \"machine_type\"?");
+
+mistake!(a_key_of_another_table_is_sent_there:
+    "[agent]\nlog_level = \"debug\"" =>
+    "DIR/etc/configuration.toml:5:1: agent.log_level: unknown key; it belongs to [runtime]");
+
+mistake!(a_key_like_no_other_gets_the_list:
+    "[agent]\nzzzzzzzz = 1" =>
+    "DIR/etc/configuration.toml:5:1: agent.zzzzzzzz: unknown key; accepted: debug_console_enabled");
+
+mistake!(an_unknown_table_gets_the_nearest_one:
+    "[runtim]\nlog_level = \"info\"" =>
+    "DIR/etc/configuration.toml:4:2: runtim: unknown table; did you mean \"runtime\"?");
+
+mistake!(a_string_is_no_number:
+    "default_vcpus = \"two\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_vcpus: found \"two\" (a string), expected a whole number from -1 to 1024");
+
+mistake!(a_float_is_no_whole_number:
+    "default_vcpus = 1.5" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_vcpus: found 1.5 (a float), expected a whole number from -1 to 1024");
+
+mistake!(a_number_out_of_range_is_refused:
+    "default_memory = 16" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_memory: found 16 (an integer), expected a whole number from 32 to 16777216");
+
+mistake!(a_number_that_no_integer_holds_is_refused_by_the_parser:
+    "default_memory = 99999999999999999999" =>
+    "DIR/etc/configuration.toml:4:18: found \"99999999999999999999\", expected a number that fits 64 bits");
+
+mistake!(a_string_is_no_boolean:
+    "[agent]\ndebug_console_enabled = \"true\"" =>
+    "DIR/etc/configuration.toml:5:1: agent.debug_console_enabled: found \"true\" (a string), expected true or false");
+
+mistake!(a_word_that_is_no_choice_gets_the_nearest_one:
+    "virtio_fs_cache = \"alway\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.virtio_fs_cache: found \"alway\" (a string), expected one of \"auto\", \"always\", \"never\"; did you mean \"always\"?");
+
+mistake!(an_array_with_a_number_is_no_array_of_strings:
+    "virtio_fs_extra_args = [\"-d\", 7]" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.virtio_fs_extra_args: found 7 (an integer) among its elements, expected an array of strings");
+
+mistake!(a_table_is_no_value:
+    "[hypervisor.qemu.default_vcpus]\nsockets = 1" =>
+    "DIR/etc/configuration.toml:4:18: hypervisor.qemu.default_vcpus: found a table, expected a whole number from -1 to 1024");
+
+mistake!(a_line_break_does_not_reach_the_kernel:
+    "kernel_params = \"quiet\\nroot=/dev/evil\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.kernel_params: found \"quiet\\nroot=/dev/evil\", expected a string without control characters");
+
+mistake!(initrd_and_image_exclude_each_other:
+    "initrd = \"DIR/initrd\"\nimage = \"DIR/initrd\"" =>
+    "DIR/etc/configuration.toml:5:1: hypervisor.qemu.image: excludes hypervisor.qemu.initrd, which is set at DIR/etc/configuration.toml:4:1; set one of the two to \"\"");
+
+mistake!(a_missing_file_is_named:
+    "initrd = \"DIR/nothing\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.initrd: DIR/nothing does not exist");
+
+mistake!(a_directory_is_no_file:
+    "initrd = \"DIR/etc\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.initrd: DIR/etc is not a file");
+
+mistake!(a_relative_path_is_refused:
+    "initrd = \"initrd\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.initrd: initrd is not an absolute path");
+
+mistake!(a_program_must_be_executable:
+    "path = \"DIR/kernel\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.path: DIR/kernel is not executable");
+
+mistake!(a_maximum_below_the_initial_value_is_refused:
+    "default_vcpus = 4\ndefault_maxvcpus = 2\ndefault_maxmemory = 128" =>
+    "DIR/etc/configuration.toml:5:1: hypervisor.qemu.default_maxvcpus: found 2, expected 0 or at least the 4 of hypervisor.qemu.default_vcpus at DIR/etc/configuration.toml:4:1",
+    "DIR/etc/configuration.toml:6:1: hypervisor.qemu.default_maxmemory: found 128, expected 0 or at least the 256 of hypervisor.qemu.default_memory at its default");
+
+mistake!(a_backends_number_is_no_string:
+    "queue_size = \"many\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.queue_size: found \"many\" (a string), expected a power of two");
+
+mistake!(a_backends_choice_is_checked:
+    "machine_type = \"pc\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.machine_type: found \"pc\" (a string), expected one of \"microvm\", \"q35\"");
+
+mistake!(a_backends_boolean_is_no_number:
+    "enable_iothreads = 1" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.enable_iothreads: found 1 (an integer), expected true or false");
+
+mistake!(two_hypervisors_need_a_choice:
+    "[hypervisor.firecracker]" =>
+    "DIR/etc/configuration.toml:4:13: hypervisor: there are tables for firecracker, qemu; choose with [runtime] hypervisor");
+
+mistake!(a_misspelt_hypervisor_gets_the_nearest_one:
+    "[runtime]\nhypervisor = \"qmeu\"" =>
+    "DIR/etc/configuration.toml:5:1: runtime.hypervisor: caisson-vmm-qmeu is not installed: looked in DIR/bin; did you mean \"qemu\"?",
+    "hypervisor.qmeu.kernel: /usr/share/caisson/vmlinux, the default, does not exist",
+    "hypervisor.qmeu.virtio_fs_daemon: /usr/libexec/virtiofsd, the default, does not exist");
+
+mistake!(a_hypervisor_is_no_path:
+    "[runtime]\nhypervisor = \"../../evil\"" =>
+    "DIR/etc/configuration.toml:5:1: runtime.hypervisor: \"../../evil\" is not the name of a hypervisor; accepted: qemu, cloud-hypervisor, firecracker, builtin, stratovirt, acrn");
+
+mistake!(a_number_is_no_hypervisor:
+    "[runtime]\nhypervisor = 1" =>
+    "DIR/etc/configuration.toml:5:1: runtime.hypervisor: found 1 (an integer), expected a string");
+
+mistake!(every_mistake_is_told_at_once:
+    "default_vcpus = 0x10000\nimage = \"DIR/nothing\"\nbogus = 1\n[agent]\nx = 1\n[runtime]\nboot_timeout_ms = 0" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_vcpus: found 65536 (an integer), expected a whole number from -1 to 1024",
+    "DIR/etc/configuration.toml:5:1: hypervisor.qemu.image: DIR/nothing does not exist",
+    "DIR/etc/configuration.toml:6:1: hypervisor.qemu.bogus: unknown key; accepted: path, kernel, initrd, image, kernel_params, default_vcpus, default_maxvcpus, default_memory, default_maxmemory, virtio_fs_daemon, virtio_fs_cache, virtio_fs_extra_args, shared_fs, machine_type, queue_size, enable_iothreads",
+    "DIR/etc/configuration.toml:8:1: agent.x: unknown key; accepted: debug_console_enabled",
+    "DIR/etc/configuration.toml:10:1: runtime.boot_timeout_ms: found 0 (an integer), expected a whole number from 1 to 3600000");
+
+mistake!(every_syntax_error_is_told:
+    "default_vcpus =\ndefault_memory = 1 2" =>
+    "DIR/etc/configuration.toml:4:16: string values must be quoted, expected literal string",
+    "DIR/etc/configuration.toml:5:18: string values must be quoted, expected literal string");
+
+#[tokio::test]
+async fn one_hypervisor_under_two_names_is_refused() {
+    let host = Host::new();
+    host.write("etc/configuration.toml", "[hypervisor.clh]\n[hypervisor.cloud-hypervisor]");
+    assert_eq!(
+        host.resolve().await.unwrap_err(),
+        ["DIR/etc/configuration.toml:1:13: hypervisor.clh: is another name of cloud-hypervisor, which stands at \
+          DIR/etc/configuration.toml:2:13; join the two tables"]
+    );
+}
+
+#[tokio::test]
+async fn a_file_without_a_hypervisor_says_what_to_add() {
+    let host = Host::new();
+    host.write("etc/configuration.toml", "");
+    assert_eq!(host.resolve().await.unwrap_err(), ["no hypervisor is chosen; add a table [hypervisor.qemu]"]);
+}
+
+#[tokio::test]
+async fn bytes_that_are_no_text_are_located() {
+    let host = Host::new();
+    std::fs::write(host.path("etc/configuration.toml"), b"# \xc3\xa4\n# \xff").unwrap();
+    assert_eq!(host.resolve().await.unwrap_err(), ["DIR/etc/configuration.toml:2:3: not UTF-8"]);
+}
+
+#[tokio::test]
+async fn a_launcher_that_fails_is_quoted() {
+    let host = Host::new();
+    host.configure("");
+    host.program("bin/caisson-vmm-qemu", "echo 'no such subcommand' >&2; exit 2");
+    assert_eq!(
+        host.resolve().await.unwrap_err(),
+        ["DIR/etc/configuration.toml:1:13: hypervisor.qemu: ask DIR/bin/caisson-vmm-qemu for its options: \
+          exit status: 2: \"no such subcommand\""]
+    );
+}
+
+#[tokio::test]
+async fn a_launcher_that_talks_nonsense_is_reported() {
+    let host = Host::new();
+    host.configure("");
+    host.launcher("qemu", "hello");
+    let told = host.resolve().await.unwrap_err();
+    assert_eq!(told.len(), 1);
+    assert!(told[0].contains("the answer is no list of options: expected value at line 1 column 1"), "{told:?}");
+}
+
+#[tokio::test]
+async fn a_configuration_that_is_a_directory_is_refused() {
+    let host = Host::new();
+    let told = host.resolve_file(Some(&host.path("etc"))).await.unwrap_err();
+    assert_eq!(told, ["read DIR/etc: not a file"]);
+}
+
+#[tokio::test]
+async fn a_requested_file_that_does_not_exist_is_no_reason_to_take_another() {
+    let host = Host::new();
+    host.configure("");
+    let told = host.resolve_file(Some(&host.path("other.toml"))).await.unwrap_err();
+    assert_eq!(told, ["read DIR/other.toml: No such file or directory (os error 2)"]);
+}

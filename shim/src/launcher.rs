@@ -1,0 +1,88 @@
+//! The launcher process of this sandbox's virtual machine, and its socket.
+
+use std::{
+    env, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use caisson_protocol::{containerd::shim_async::Client, listen, paths::SandboxDir, vmm_ttrpc::VmmClient};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tokio::{
+    net::UnixStream,
+    process::{Child, Command},
+    sync::Mutex,
+    time::timeout,
+};
+use tracing::warn;
+
+use crate::{Error, Result};
+
+/// A launcher that was told to end kills its VM and removes its files.
+const END_DEADLINE: Duration = Duration::from_secs(5);
+
+/// A running `caisson-vmm-<hypervisor>`; killed when dropped.
+pub struct Launcher {
+    child: Mutex<Child>,
+    /// For calls.
+    pub client: VmmClient,
+    /// On the host.
+    pub pid: u32,
+}
+
+impl Launcher {
+    /// Starts the launcher of `hypervisor` with its socket in `dir`. It can be called at once: calls wait in the socket.
+    pub async fn start(hypervisor: &str, dir: &SandboxDir, log_level: &str) -> Result<Self> {
+        let program = find(&format!("caisson-vmm-{hypervisor}"))?;
+        let socket = dir.vmm_socket();
+        let listener =
+            listen::bind(&socket).map_err(Error::host(format!("make the launcher's socket {}", socket.display())))?;
+        let child = Command::new(&program)
+            .arg("serve")
+            .current_dir(dir.path())
+            .env("CAISSON_LOG", log_level)
+            .stdin(listen::as_stdin(listener))
+            .stdout(std::process::Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(Error::host(format!("start the launcher {}", program.display())))?;
+        let pid = child.id().unwrap_or_default();
+        let stream = UnixStream::connect(&socket).await.map_err(Error::host("connect to the launcher"))?;
+        Ok(Self { child: Mutex::new(child), client: VmmClient::new(Client::new(stream.into())), pid })
+    }
+
+    /// Ends the launcher, which ends its VM by force if it still runs.
+    pub async fn end(&self) {
+        let mut child = self.child.lock().await;
+        // The pid cannot belong to another process: the child has not been waited for.
+        if let Some(pid) = child.id()
+            && let Err(error) = kill(Pid::from_raw(pid as i32), Signal::SIGTERM)
+        {
+            warn!(pid, %error, "the launcher cannot be told to end");
+        }
+        if timeout(END_DEADLINE, child.wait()).await.is_err() {
+            warn!(pid = self.pid, "the launcher did not end in time and is killed");
+            if let Err(error) = child.kill().await {
+                warn!(pid = self.pid, %error, "the launcher cannot be killed");
+            }
+        }
+    }
+}
+
+/// Finds one of our programs: beside this one, or on the PATH.
+fn find(name: &str) -> Result<PathBuf> {
+    let beside = env::current_exe().ok().and_then(|program| program.parent().map(Path::to_owned));
+    let path = env::var_os("PATH").unwrap_or_default();
+    beside
+        .into_iter()
+        .chain(env::split_paths(&path))
+        .map(|directory| directory.join(name))
+        .find(|file| file.is_file())
+        .ok_or_else(|| Error::Host {
+            action: format!("find the launcher {name} beside containerd-shim-caisson-v2 or on the PATH"),
+            source: io::ErrorKind::NotFound.into(),
+        })
+}

@@ -1,0 +1,50 @@
+//! `sandbox.json`: who a sandbox is and which processes serve it, for people's tools and for the clean-up after a shim
+//! that was killed.
+
+use std::{fs, io};
+
+use caisson_protocol::paths::SandboxDir;
+use serde::{Deserialize, Serialize};
+
+/// The file's content.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Record {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The sandbox's id, which is its first container's.
+    pub id: String,
+    /// Canonical name of the hypervisor; empty until it is known.
+    pub hypervisor: String,
+    /// This shim.
+    pub shim_pid: u32,
+    /// The launcher; 0 until it runs.
+    pub launcher_pid: u32,
+    /// When the launcher began, in clock ticks since the host's boot: with the pid it names the process for good.
+    pub launcher_start_ticks: u64,
+    /// The hypervisor; 0 until it runs.
+    pub vmm_pid: u32,
+    /// Milliseconds since 1970.
+    pub created_unix_ms: u64,
+}
+
+impl Record {
+    /// Writes the file in one step.
+    pub fn save(&self, dir: &SandboxDir) -> io::Result<()> {
+        let text = serde_json::to_vec(self)?;
+        let new = dir.path().join(".sandbox.json.new");
+        fs::write(&new, text)?;
+        fs::rename(new, dir.record())
+    }
+
+    /// Reads the file; `None` when there is none that can be read.
+    pub fn load(dir: &SandboxDir) -> Option<Self> {
+        serde_json::from_slice(&fs::read(dir.record()).ok()?).ok()
+    }
+}
+
+/// When process `pid` began, in clock ticks since boot (`proc_pid_stat(5)`, field 22); `None` when it is gone.
+pub fn start_ticks(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is the program's name in parentheses and may hold anything, so count from its end.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}

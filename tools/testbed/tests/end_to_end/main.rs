@@ -1,0 +1,20 @@
+//! What a user of `ctr` sees: real containerd, real virtual machines, real images. Each test has a containerd of its own
+//! and ends by asserting that nothing is left of it.
+
+mod concurrency;
+mod crashes;
+mod errors;
+mod exit;
+mod fixture;
+mod lifecycle;
+mod limits;
+mod pod;
+mod process;
+mod storage;
+mod streams;
+mod workload;
+
+use std::time::Duration;
+
+/// For one thing to happen in a guest that shares two cores with others.
+const LIMIT: Duration = Duration::from_secs(60);

@@ -1,0 +1,173 @@
+//! The measurements as tables for people or as JSON for programs, each held against its budget.
+
+use anyhow::{Context, Result};
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+
+use crate::bench::{
+    Options,
+    memory::Sizes,
+    pod::Pod,
+    stages::{Stages, median},
+};
+
+const MB: f64 = 1_000_000.0;
+
+/// What caisson must keep to, on two cores without KVM: name of the measurement, limit, unit.
+const BUDGETS: &[(&str, f64, &str)] = &[
+    ("ctr run", 4000.0, "ms"),
+    ("containerd-shim-caisson-v2", 6.0, "MB"),
+    ("caisson-vmm-qemu", 6.0, "MB"),
+    ("root file system", 12.0, "MB"),
+];
+
+/// Everything that one bench has found.
+#[derive(Serialize)]
+pub struct Report {
+    hypervisor: String,
+    machine_type: Option<String>,
+    pods: usize,
+    /// Of the pod that was not counted, in milliseconds.
+    cold_total: f64,
+    /// Medians in milliseconds.
+    outside: Stages,
+    start: Stages,
+    end: Stages,
+    /// Proportional set sizes of an idle pod's processes, in bytes.
+    memory: Sizes,
+    /// Files that the guest boots from, in bytes.
+    image: Sizes,
+    budgets: Vec<Budget>,
+}
+
+/// A measurement and its limit.
+#[derive(Serialize)]
+struct Budget {
+    name: &'static str,
+    measured: Option<f64>,
+    limit: f64,
+    unit: &'static str,
+    met: bool,
+}
+
+impl Report {
+    /// Takes the medians.
+    pub fn of(options: &Options, first: &Pod, pods: &[Pod], memory: Sizes, image: Sizes) -> Self {
+        let outside = [
+            ("ctr run", median(pods.iter().map(|pod| pod.total))),
+            ("  until the first output", median(pods.iter().map(|pod| pod.first_output))),
+            ("  after it", median(pods.iter().map(|pod| pod.after_output))),
+        ];
+        let outside = outside.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect();
+        let mut report = Self {
+            hypervisor: options.hypervisor.clone(),
+            machine_type: options.machine_type.clone(),
+            pods: pods.len(),
+            cold_total: first.total,
+            outside,
+            start: medians(pods, |pod| &pod.start),
+            end: medians(pods, |pod| &pod.end),
+            memory,
+            image,
+            budgets: Vec::new(),
+        };
+        report.budgets = BUDGETS.iter().map(|(name, limit, unit)| report.judge(name, *limit, unit)).collect();
+        report
+    }
+
+    /// For programs.
+    pub fn print_json(&self) -> Result<()> {
+        println!("{}", serde_json::to_string_pretty(self).context("write the report as JSON")?);
+        Ok(())
+    }
+
+    /// For people.
+    pub fn print_tables(&self) -> Result<()> {
+        let machine = self.machine_type.as_deref().map(|name| format!(" ({name})")).unwrap_or_default();
+        println!(
+            "\n{}{machine}, median of {} warm pods; the cold one took {:.0} ms\n",
+            self.hypervisor, self.pods, self.cold_total
+        );
+        let mut times = table(&["stage", "ms"]);
+        add_stages(&mut times, "", &self.outside);
+        add_stages(&mut times, "shim: start ", &self.start);
+        add_stages(&mut times, "shim: end ", &self.end);
+        println!("{times}\n");
+
+        let mut sizes = table(&["size", "MB"]);
+        for (name, bytes) in self.memory.iter().chain(&self.image) {
+            sizes.add_row([name.clone(), format!("{:.2}", *bytes as f64 / MB)]);
+        }
+        println!("{sizes}\n");
+
+        let mut budgets = table(&["budget", "measured", "limit", ""]);
+        for budget in &self.budgets {
+            let measured = budget.measured.map_or("-".to_owned(), |value| format!("{value:.1} {}", budget.unit));
+            let limit = format!("{:.1} {}", budget.limit, budget.unit);
+            let verdict = if budget.met { "met" } else { "missed" };
+            budgets.add_row([budget.name, &measured, &limit, verdict]);
+        }
+        println!("{budgets}");
+        Ok(())
+    }
+
+    /// What was not measured is missed.
+    fn judge(&self, name: &'static str, limit: f64, unit: &'static str) -> Budget {
+        let time = self.outside.iter().find(|(stage, _)| stage == name).map(|(_, value)| *value);
+        let size = self.memory.get(name).or_else(|| self.image.get(name)).map(|bytes| *bytes as f64 / MB);
+        let measured = time.or(size);
+        Budget { name, measured, limit, unit, met: measured.is_some_and(|value| value <= limit) }
+    }
+}
+
+/// The median of each stage, in the order of the first pod that has it.
+fn medians(pods: &[Pod], stages: impl Fn(&Pod) -> &Stages) -> Stages {
+    let mut names: Vec<&String> = Vec::new();
+    for (name, _) in pods.iter().flat_map(&stages) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    let value = |name: &String| {
+        let values = pods.iter().flat_map(&stages).filter(|(stage, _)| stage == name).map(|(_, value)| *value);
+        Some((name.clone(), median(values)?))
+    };
+    names.into_iter().filter_map(value).collect()
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_header(header);
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+fn add_stages(table: &mut Table, prefix: &str, stages: &Stages) {
+    for (name, milliseconds) in stages {
+        table.add_row([format!("{prefix}{name}"), format!("{milliseconds:.1}")]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(start: &[(&str, f64)]) -> Pod {
+        let start = start.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
+        Pod { total: 1.0, first_output: 1.0, after_output: 0.0, start, end: Stages::new() }
+    }
+
+    #[test]
+    fn each_stage_has_its_own_median_in_the_order_of_the_log() {
+        let pods = [pod(&[("b", 1.0), ("a", 10.0)]), pod(&[("b", 3.0), ("a", 30.0)]), pod(&[("b", 2.0), ("a", 20.0)])];
+        assert_eq!(medians(&pods, |pod| &pod.start), [("b".to_owned(), 2.0), ("a".to_owned(), 20.0)]);
+    }
+
+    #[test]
+    fn a_stage_that_only_some_pods_have_is_not_lost() {
+        let pods = [pod(&[("a", 1.0)]), pod(&[("a", 1.0), ("late", 5.0)])];
+        assert_eq!(medians(&pods, |pod| &pod.start)[1], ("late".to_owned(), 5.0));
+    }
+}

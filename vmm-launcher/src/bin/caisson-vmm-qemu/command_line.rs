@@ -1,0 +1,222 @@
+//! QEMU's command line: arguments, and the descriptors that they name by number.
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use caisson_protocol::vmm::{Balloon, Block, Net, VmConfig};
+use caisson_vmm_launcher::guest_vsock::GuestVsock;
+
+use crate::{
+    accelerator::Accelerator,
+    options::{MachineType, Options},
+};
+
+/// q35 without what a guest under `virtio` never looks at; each would cost time at boot.
+const Q35: &str = "q35,smm=off,sata=off,smbus=off,i8042=off,hpet=off,vmport=off,graphics=off,usb=off";
+/// microvm with ACPI, by which the guest finds its devices and powers itself off, and with a firmware that loads the
+/// kernel without option ROMs.
+const MICROVM: &str = "microvm,acpi=on,pcie=off,rtc=on,isa-serial=on,x-option-roms=off,auto-kernel-cmdline=off";
+/// In QEMU's data directory.
+const MICROVM_FIRMWARE: &str = "qboot.rom";
+
+/// Grows until QEMU is started.
+#[derive(Debug)]
+pub struct CommandLine {
+    machine_type: MachineType,
+    pub arguments: Vec<String>,
+    pub descriptors: Vec<OwnedFd>,
+}
+
+impl CommandLine {
+    /// A machine without devices that waits before its first instruction.
+    pub fn new(vm: &VmConfig, options: &Options, accelerator: Accelerator, shared_memory: bool) -> Self {
+        let mut line = Self { machine_type: options.machine_type, arguments: Vec::new(), descriptors: Vec::new() };
+        let mut machine = match options.machine_type {
+            MachineType::Microvm => MICROVM.to_owned(),
+            MachineType::Q35 => Q35.to_owned(),
+        };
+        line.flags(&["-no-user-config", "-nodefaults", "-no-reboot", "-S"]);
+        line.push("-display", "none");
+        line.push("-action", "panic=exit-failure");
+        line.push("-sandbox", &options.seccomp_sandbox);
+        if shared_memory {
+            // A vhost-user backend is another process that reads and writes the guest's memory.
+            machine.push_str(",memory-backend=memory");
+            line.push("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on", vm.memory_mib));
+        }
+        line.push("-machine", machine);
+        if options.machine_type == MachineType::Microvm {
+            line.push("-bios", MICROVM_FIRMWARE);
+            line.push("-global", "virtio-mmio.force-legacy=false");
+        }
+        let (accel, mut cpu) = match accelerator {
+            Accelerator::Kvm => ("kvm", "host".to_owned()),
+            Accelerator::Tcg => ("tcg,thread=multi", "max".to_owned()),
+        };
+        for feature in options.cpu_features.split(',').map(str::trim).filter(|feature| !feature.is_empty()) {
+            cpu.push_str(&format!(",{feature}"));
+        }
+        line.push("-accel", accel);
+        line.push("-cpu", cpu);
+        line.push("-m", format!("{}M", vm.memory_mib));
+        line.push("-smp", vm.vcpus.to_string());
+        line
+    }
+
+    /// What the guest boots.
+    pub fn kernel(&mut self, vm: &VmConfig, params: String) {
+        self.push("-kernel", &vm.kernel);
+        if !vm.initrd.is_empty() {
+            self.push("-initrd", &vm.initrd);
+        }
+        self.push("-append", params);
+    }
+
+    /// The machine protocol on a connected socket.
+    pub fn monitor(&mut self, socket: OwnedFd) {
+        let fd = self.inherit(socket);
+        self.push("-chardev", format!("socket,id=qmp,fd={fd}"));
+        self.push("-mon", "chardev=qmp,mode=control");
+    }
+
+    /// The first serial port on a connected socket.
+    pub fn console(&mut self, socket: OwnedFd) {
+        let fd = self.inherit(socket);
+        self.push("-chardev", format!("socket,id=console,fd={fd}"));
+        self.push("-serial", "chardev:console");
+    }
+
+    pub fn block(&mut self, id: &str, block: &Block) {
+        let read_only = if block.read_only { "on" } else { "off" };
+        let driver = if is_device(&block.path) { "host_device" } else { "file" };
+        let file = escape(&block.path);
+        self.push(
+            "-blockdev",
+            format!("driver=raw,node-name=disk-{id},read-only={read_only},file.driver={driver},file.filename={file}"),
+        );
+        self.device("virtio-blk", id, &format!("drive=disk-{id},serial={id}"));
+    }
+
+    pub fn net(&mut self, id: &str, net: &Net) {
+        // Several queue pairs need a tap that was made for them, opened once for each.
+        self.push("-netdev", format!("tap,id=net-{id},ifname={},script=no,downscript=no", net.tap));
+        self.device("virtio-net", id, &format!("netdev=net-{id},mac={}{}", net.mac, self.no_rom()));
+    }
+
+    /// `connection` leads to virtiofsd.
+    pub fn fs(&mut self, id: &str, tag: &str, connection: OwnedFd) {
+        let fd = self.inherit(connection);
+        self.push("-chardev", format!("socket,id=fs-{id},fd={fd}"));
+        self.device("vhost-user-fs", id, &format!("chardev=fs-{id},tag={tag}"));
+    }
+
+    /// Answers with what must live as long as QEMU.
+    pub fn vsock(&mut self, id: &str, vsock: GuestVsock) -> Option<caisson_vmm_launcher::vsock::VsockBackend> {
+        match vsock {
+            GuestVsock::Kernel { vhost, cid } => {
+                let fd = self.inherit(vhost);
+                self.device("vhost-vsock", id, &format!("guest-cid={cid},vhostfd={fd}"));
+                None
+            }
+            GuestVsock::Hybrid { backend, connection } => {
+                let fd = self.inherit(connection);
+                self.push("-chardev", format!("socket,id=vsock-{id},fd={fd}"));
+                self.device("vhost-user-vsock", id, &format!("chardev=vsock-{id}"));
+                Some(backend)
+            }
+        }
+    }
+
+    pub fn rng(&mut self, id: &str, source: &str) {
+        self.push("-object", format!("rng-random,id=rng-{id},filename={}", escape(source)));
+        self.device("virtio-rng", id, &format!("rng=rng-{id}"));
+    }
+
+    pub fn balloon(&mut self, id: &str, balloon: &Balloon) {
+        let reporting = if balloon.free_page_reporting { "on" } else { "off" };
+        self.device("virtio-balloon", id, &format!("deflate-on-oom=on,free-page-reporting={reporting}"));
+    }
+
+    fn device(&mut self, driver: &str, id: &str, properties: &str) {
+        let bus = match self.machine_type {
+            MachineType::Microvm => "device",
+            MachineType::Q35 => "pci",
+        };
+        self.push("-device", format!("{driver}-{bus},id={id},{properties}"));
+    }
+
+    /// A network card on PCI would bring a boot ROM.
+    fn no_rom(&self) -> &'static str {
+        match self.machine_type {
+            MachineType::Microvm => "",
+            MachineType::Q35 => ",romfile=",
+        }
+    }
+
+    fn push(&mut self, flag: &str, value: impl Into<String>) {
+        self.arguments.extend([flag.to_owned(), value.into()]);
+    }
+
+    fn flags(&mut self, flags: &[&str]) {
+        self.arguments.extend(flags.iter().map(|flag| (*flag).to_owned()));
+    }
+
+    fn inherit(&mut self, fd: OwnedFd) -> RawFd {
+        let number = fd.as_raw_fd();
+        self.descriptors.push(fd);
+        number
+    }
+}
+
+/// A comma in a value is written twice, `qemu(1)`.
+fn escape(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+fn is_device(path: &str) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(machine_type: MachineType) -> CommandLine {
+        let options = Options { machine_type, cpu_features: " -avx, +svm".into(), ..Default::default() };
+        let vm = VmConfig { vcpus: 2, memory_mib: 128, ..Default::default() };
+        CommandLine::new(&vm, &options, Accelerator::Tcg, true)
+    }
+
+    fn value<'a>(line: &'a CommandLine, flag: &str) -> &'a str {
+        let at = line.arguments.iter().position(|argument| argument == flag).unwrap();
+        &line.arguments[at + 1]
+    }
+
+    #[test]
+    fn features_are_added_to_the_processor() {
+        assert_eq!(value(&line(MachineType::Q35), "-cpu"), "max,-avx,+svm");
+    }
+
+    #[test]
+    fn shared_memory_is_the_machines_memory() {
+        let line = line(MachineType::Microvm);
+        assert_eq!(value(&line, "-object"), "memory-backend-memfd,id=memory,size=128M,share=on");
+        assert!(value(&line, "-machine").ends_with(",memory-backend=memory"));
+    }
+
+    #[test]
+    fn a_path_cannot_add_properties() {
+        let mut line = line(MachineType::Q35);
+        line.block("root", &Block { path: "/a,read-only=off".into(), read_only: true, ..Default::default() });
+        assert!(value(&line, "-blockdev").ends_with("read-only=on,file.driver=file,file.filename=/a,,read-only=off"));
+    }
+
+    #[test]
+    fn a_device_is_on_the_machines_bus() {
+        let (mut microvm, mut q35) = (line(MachineType::Microvm), line(MachineType::Q35));
+        microvm.rng("rng", "/dev/urandom");
+        q35.rng("rng", "/dev/urandom");
+        assert_eq!(value(&microvm, "-device"), "virtio-rng-device,id=rng,rng=rng-rng");
+        assert_eq!(value(&q35, "-device"), "virtio-rng-pci,id=rng,rng=rng-rng");
+    }
+}

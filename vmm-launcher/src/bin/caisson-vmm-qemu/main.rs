@@ -1,0 +1,16 @@
+//! `caisson-vmm-qemu`: the launcher for QEMU.
+//!
+//! This folder holds QEMU's arguments, its machine protocol and what it can do; everything else is in the library.
+
+mod accelerator;
+mod command_line;
+mod kernel_params;
+mod options;
+mod qemu;
+mod qmp;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    caisson_vmm_launcher::cli::main::<qemu::Qemu>()
+}

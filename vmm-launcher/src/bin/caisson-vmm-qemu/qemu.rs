@@ -1,0 +1,308 @@
+//! One QEMU process with its VM.
+
+use std::{
+    path::Path,
+    process::Stdio,
+    sync::{LazyLock, Mutex},
+    time::{Duration, Instant},
+};
+
+use caisson_protocol::vmm::{
+    Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, WaitResponse, device::Kind,
+};
+use caisson_vmm_launcher::{
+    Error, Result,
+    console::{Audience, Console},
+    guest_vsock::GuestVsock,
+    hypervisor::{Created, Hypervisor},
+    kernel,
+    options::{describe, parse},
+    process::{Ended, Process},
+    request,
+    time_stamp::Moment,
+    virtiofsd::Virtiofsd,
+    vm::exit,
+    vsock::VsockBackend,
+};
+use serde_json::json;
+use tokio::{process::Command, time::timeout};
+use tracing::{debug, info};
+
+use crate::{
+    accelerator,
+    command_line::CommandLine,
+    kernel_params::kernel_params,
+    options::{DOCS, Options},
+    qmp::Qmp,
+};
+
+/// QEMU is ready in a tenth of a second, unless the host is very busy.
+const START_DEADLINE: Duration = Duration::from_secs(30);
+const VERSION_DEADLINE: Duration = Duration::from_secs(10);
+/// One local interrupt controller each, without x2APIC.
+const MAX_VCPUS: u32 = 255;
+/// The image is the first disk.
+const IMAGE_ID: &str = "image";
+
+/// The earlier, the better the clock is known when it is needed.
+static STARTED: LazyLock<Moment> = LazyLock::new(Moment::now);
+
+/// A running QEMU.
+pub struct Qemu {
+    process: Process,
+    qmp: Qmp,
+    console: Console,
+    helpers: Mutex<Helpers>,
+    memory_mib: u64,
+    vcpus: u32,
+}
+
+/// What lives as long as QEMU does.
+#[derive(Default)]
+struct Helpers {
+    file_servers: Vec<Virtiofsd>,
+    vsock: Option<VsockBackend>,
+}
+
+impl Hypervisor for Qemu {
+    const NAME: &'static str = "qemu";
+    const DEFAULT_PATH: &'static str = "/usr/bin/qemu-system-x86_64";
+
+    fn options() -> serde_json::Value {
+        describe::<Options>(DOCS)
+    }
+
+    async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
+        let version = version(path).await?;
+        let (accelerator, why) = accelerator::choose(Options::default().accel).await?;
+        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+        Ok(CapabilitiesResponse {
+            version,
+            devices: words(&["block", "net", "vsock", "fs", "balloon", "rng", "console"]),
+            hotplug: Vec::new(),
+            operations: words(&["pause"]),
+            accelerator: accelerator.name().into(),
+            accelerator_reason: why,
+            ..Default::default()
+        })
+    }
+
+    async fn create(request: &CreateRequest, audience: Audience) -> Result<Created<Self>> {
+        let clock = *STARTED;
+        let started = Instant::now();
+        let vm = request::check(request, MAX_VCPUS)?;
+        let options: Options = parse(&request.options)?;
+        kernel::format(Path::new(&vm.kernel))?;
+        let (accelerator, why) = accelerator::choose(options.accel).await?;
+        info!(accelerator = accelerator.name(), why, machine_type = ?options.machine_type, "accelerator chosen");
+
+        let shared_memory = vm.devices.iter().any(|device| matches!(device.kind, Some(Kind::Fs(_) | Kind::Vsock(_))));
+        let mut line = CommandLine::new(vm, &options, accelerator, shared_memory);
+        line.kernel(vm, kernel_params(vm, accelerator, clock.khz_since()));
+        let (qmp, socket) = Qmp::pair().map_err(Error::host("make QEMU's socket pair"))?;
+        line.monitor(socket);
+        let (console, socket) = Console::open(console_log(&vm.devices), audience)?;
+        line.console(socket);
+        if !vm.image.is_empty() {
+            line.block(IMAGE_ID, &Block { path: vm.image.clone(), read_only: true, ..Default::default() });
+        }
+        let mut helpers = Helpers::default();
+        let mut devices = Vec::with_capacity(vm.devices.len());
+        for device in &vm.devices {
+            let address = add(device, Path::new(&request.run_dir), &mut line, &mut helpers)?;
+            devices.push(GuestDevice { id: device.id.clone(), address, ..Default::default() });
+        }
+        line.arguments.extend(options.extra_args);
+
+        debug!(arguments = ?line.arguments, "starting QEMU");
+        let spawned = Instant::now();
+        let process = Process::start(Path::new(&vm.hypervisor_path), &line.arguments, line.descriptors)?;
+        let (memory_mib, vcpus, helpers) = (vm.memory_mib, vm.vcpus, Mutex::new(helpers));
+        let qemu = Self { process, qmp, console, helpers, memory_mib, vcpus };
+        qemu.ready().await?;
+        info!(prepare = ?spawned - started, start = ?spawned.elapsed(), "QEMU started");
+        Ok(Created { hypervisor: qemu, devices })
+    }
+
+    async fn boot(&self) -> Result<()> {
+        self.qmp.execute("cont", json!({})).await.map(drop)
+    }
+
+    async fn power_off(&self) -> Result<()> {
+        self.qmp.execute("system_powerdown", json!({})).await.map(drop)
+    }
+
+    async fn pause(&self) -> Result<()> {
+        self.qmp.execute("stop", json!({})).await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<()> {
+        self.qmp.execute("cont", json!({})).await.map(drop)
+    }
+
+    fn kill(&self) {
+        self.process.kill();
+    }
+
+    async fn ended(&self) -> WaitResponse {
+        let helpers = std::mem::take(&mut *self.helpers.lock().expect("nobody panics with the helpers"));
+        let (ended, helper) = tokio::select! {
+            ended = self.process.ended() => (ended, None),
+            // A guest whose file system is gone hangs.
+            helper = any_ended(&helpers.file_servers) => {
+                self.process.kill();
+                (self.process.ended().await, Some(helper))
+            }
+        };
+        self.console.drained().await;
+        for file_server in helpers.file_servers {
+            file_server.end().await;
+        }
+        drop(helpers.vsock);
+        let (reason, detail) = match helper {
+            Some(helper) => (ExitReason::HYPERVISOR_FAILED, helper),
+            None => self.explain(&ended),
+        };
+        WaitResponse { console_tail: self.console.tail(), ..exit(reason, detail) }
+    }
+
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    fn console(&self) -> &Console {
+        &self.console
+    }
+
+    fn metrics(&self) -> String {
+        format!(
+            "# HELP caisson_vm_memory_bytes The guest's memory.\n# TYPE caisson_vm_memory_bytes gauge\n\
+             caisson_vm_memory_bytes {}\n\
+             # HELP caisson_vm_vcpus The guest's processors.\n# TYPE caisson_vm_vcpus gauge\ncaisson_vm_vcpus {}\n",
+            self.memory_mib << 20,
+            self.vcpus
+        )
+    }
+}
+
+impl Qemu {
+    /// Waits until QEMU answers; whatever ends before is the reason why it does not.
+    async fn ready(&self) -> Result<()> {
+        let file_servers = std::mem::take(&mut self.helpers.lock().expect("nobody panics with the helpers").file_servers);
+        let ready = async {
+            tokio::select! {
+                // A helper that died explains a QEMU that died of it.
+                biased;
+                helper = any_ended(&file_servers) => Err(Error::Hypervisor(helper)),
+                ended = self.process.ended() => Err(self.did_not_start(&ended, &file_servers).await),
+                ready = self.qmp.negotiate() => ready,
+            }
+        };
+        let ready = timeout(START_DEADLINE, ready).await.unwrap_or_else(|_| {
+            let (pid, seconds) = (self.process.pid(), START_DEADLINE.as_secs());
+            Err(Error::Hypervisor(format!("QEMU (pid {pid}) did not answer within {seconds} s of its start")))
+        });
+        self.helpers.lock().expect("nobody panics with the helpers").file_servers = file_servers;
+        ready
+    }
+
+    async fn did_not_start(&self, ended: &Ended, file_servers: &[Virtiofsd]) -> Error {
+        // QEMU notices a helper's end by its socket, which closes before the helper has quite ended.
+        let helper = timeout(Duration::from_millis(100), any_ended(file_servers)).await;
+        let qemu = self.process.describe(ended);
+        Error::Hypervisor(helper.unwrap_or_else(|_| format!("QEMU did not start: {qemu}")))
+    }
+
+    fn explain(&self, ended: &Ended) -> (ExitReason, String) {
+        let reason = self.qmp.shutdown_reason();
+        let reason = reason.as_deref().unwrap_or_default();
+        if self.console.panicked() || reason == "guest-panic" {
+            let tail = self.console.tail();
+            let words = tail.lines().rev().find_map(|line| line.split_once("Kernel panic - ")).map_or("", |(_, words)| words);
+            return (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}"));
+        }
+        if ended.status.success() && reason != "host-signal" {
+            let how = if reason == "guest-reset" { "rebooted, which ends its VM" } else { "powered off" };
+            return (ExitReason::GUEST_SHUTDOWN, format!("the guest {how}"));
+        }
+        (ExitReason::HYPERVISOR_FAILED, self.process.describe(ended))
+    }
+}
+
+/// Answers with the words of the first that ends; never when there is none.
+async fn any_ended(file_servers: &[Virtiofsd]) -> String {
+    let mut ends: Vec<_> = file_servers.iter().map(|file_server| Box::pin(file_server.ended())).collect();
+    std::future::poll_fn(|context| {
+        ends.iter_mut()
+            .map(|end| end.as_mut().poll(context))
+            .find(std::task::Poll::is_ready)
+            .unwrap_or(std::task::Poll::Pending)
+    })
+    .await
+}
+
+fn console_log(devices: &[Device]) -> Option<&Path> {
+    devices.iter().find_map(|device| match &device.kind {
+        Some(Kind::Console(console)) => Some(Path::new(console.log.as_str())),
+        _ => None,
+    })
+}
+
+/// Adds one device, and answers where the guest finds it.
+fn add(device: &Device, run_dir: &Path, line: &mut CommandLine, helpers: &mut Helpers) -> Result<String> {
+    let id = device.id.as_str();
+    let kind = request::kind(device)?;
+    match kind {
+        Kind::Block(block) => {
+            line.block(id, block);
+            Ok(format!("serial:{id}"))
+        }
+        Kind::Net(net) => {
+            line.net(id, net);
+            Ok(String::new())
+        }
+        Kind::Vsock(vsock) => {
+            let vsock_device = GuestVsock::open(Path::new(&vsock.socket), run_dir)?;
+            let address = match &vsock_device {
+                GuestVsock::Kernel { cid, .. } => format!("vsock:{cid}"),
+                GuestVsock::Hybrid { .. } => format!("hvsock:{}", vsock.socket),
+            };
+            helpers.vsock = line.vsock(id, vsock_device);
+            Ok(address)
+        }
+        Kind::Fs(fs) => {
+            let (file_server, connection) = Virtiofsd::start(fs, run_dir)?;
+            helpers.file_servers.push(file_server);
+            line.fs(id, &fs.tag, connection);
+            Ok(format!("tag:{}", fs.tag))
+        }
+        Kind::Balloon(balloon) => {
+            line.balloon(id, balloon);
+            Ok(String::new())
+        }
+        Kind::Rng(rng) => {
+            line.rng(id, &rng.source);
+            Ok(String::new())
+        }
+        // The first serial port, which every guest has.
+        Kind::Console(_) => Ok(String::new()),
+        other => {
+            Err(Error::Unsupported(format!("a {} device is not supported with QEMU yet", request::kind_name(other))))
+        }
+    }
+}
+
+/// The first line of `--version`.
+async fn version(path: &Path) -> Result<String> {
+    let run = Command::new(path).arg("--version").stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = timeout(VERSION_DEADLINE, run)
+        .await
+        .map_err(|_| Error::Hypervisor(format!("{} --version does not end", path.display())))?
+        .map_err(Error::host(format!("execute {}", path.display())))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().next().unwrap_or_default();
+    match line.strip_prefix("QEMU emulator version ") {
+        Some(version) => Ok(version.to_owned()),
+        None => Err(Error::Invalid(format!("{} is not QEMU: --version does not say so", path.display()))),
+    }
+}

@@ -1,0 +1,136 @@
+//! The command line that every backend's binary has.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use caisson_protocol::vmm::CapabilitiesResponse;
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::{hypervisor::Hypervisor, run, serve};
+
+#[derive(Parser)]
+#[command(version, about = "Runs one virtual machine for caisson")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve the Vmm contract on the listening Unix socket that is standard input
+    Serve,
+    /// Boot a VM with its console on this terminal; Ctrl-] ends it
+    Run(Box<RunArgs>),
+    /// Print this hypervisor's own option keys as JSON
+    Options,
+    /// Print what the hypervisor can do on this machine
+    Capabilities {
+        /// The hypervisor's executable
+        #[arg(long)]
+        hypervisor: Option<PathBuf>,
+    },
+}
+
+/// A VM on the command line.
+#[derive(Args)]
+pub(crate) struct RunArgs {
+    /// The hypervisor's executable
+    #[arg(long)]
+    pub(crate) hypervisor: Option<PathBuf>,
+    /// Guest kernel
+    #[arg(long)]
+    pub(crate) kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, conflicts_with = "image")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Root disk image
+    #[arg(long)]
+    pub(crate) image: Option<PathBuf>,
+    /// Memory in MiB
+    #[arg(long, default_value_t = 256)]
+    pub(crate) memory: u64,
+    /// Virtual processors
+    #[arg(long, default_value_t = 1)]
+    pub(crate) vcpus: u32,
+    /// Additional kernel parameters
+    #[arg(long, default_value = "", allow_hyphen_values = true)]
+    pub(crate) append: String,
+    /// A directory for the guest to mount with virtio-fs: TAG=DIRECTORY
+    #[arg(long, value_name = "TAG=DIRECTORY")]
+    pub(crate) share: Vec<String>,
+    /// virtiofsd, for --share
+    #[arg(long, default_value = "/usr/libexec/virtiofsd")]
+    pub(crate) virtiofsd: PathBuf,
+    /// A raw disk image or block device
+    #[arg(long)]
+    pub(crate) disk: Vec<PathBuf>,
+    /// A tap interface for the guest's network
+    #[arg(long)]
+    pub(crate) tap: Vec<String>,
+    /// Give the guest vsock, on the host at this socket
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) vsock: Option<PathBuf>,
+    /// Short for --set machine_type=…
+    #[arg(long)]
+    pub(crate) machine: Option<String>,
+    /// Short for --set accel=…
+    #[arg(long)]
+    pub(crate) accel: Option<String>,
+    /// One of the keys that `options` prints: KEY=VALUE
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+}
+
+/// What a backend's `main` calls.
+pub fn main<H: Hypervisor>() -> ExitCode {
+    let cli = Cli::parse();
+    let quiet = !matches!(cli.command, Command::Serve);
+    log_to_stderr(if quiet { "warn" } else { "info" });
+    match execute::<H>(cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("caisson-vmm-{}: {error:#}", H::NAME);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute<H: Hypervisor>(command: Command) -> anyhow::Result<ExitCode> {
+    // One thread: children ask to die with the thread that starts them.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let code = match command {
+        Command::Serve => runtime.block_on(serve::serve::<H>()).map(|()| ExitCode::SUCCESS),
+        Command::Run(arguments) => runtime.block_on(run::run::<H>(*arguments)),
+        Command::Options => {
+            println!("{}", serde_json::to_string_pretty(&H::options())?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Capabilities { hypervisor } => {
+            let path = hypervisor.unwrap_or_else(|| H::DEFAULT_PATH.into());
+            let told = runtime.block_on(H::capabilities(&path))?;
+            print!("{}", capabilities_text(&told));
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    // A read from a terminal cannot be interrupted: nobody waits for it.
+    runtime.shutdown_background();
+    code
+}
+
+fn capabilities_text(told: &CapabilitiesResponse) -> String {
+    format!(
+        "version:     {}\naccelerator: {} ({})\ndevices:     {}\nhotplug:     {}\noperations:  {}\n",
+        told.version,
+        told.accelerator,
+        told.accelerator_reason,
+        told.devices.join(" "),
+        told.hotplug.join(" "),
+        told.operations.join(" ")
+    )
+}
+
+/// `$CAISSON_LOG` overrides `default`.
+fn log_to_stderr(default: &str) {
+    let filter = EnvFilter::try_from_env("CAISSON_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+}

@@ -1,0 +1,262 @@
+//! The guest's serial console: a bounded log file, the last lines for errors, and whether the kernel panicked.
+//!
+//! The guest is hostile: it may write without end. Two files of [`LOG_BYTES`] hold what it wrote last.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::OpenOptionsExt, net::UnixStream as StdUnixStream},
+    },
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
+    net::{UnixStream, unix::OwnedWriteHalf},
+    sync::watch,
+    time::timeout,
+};
+use tracing::warn;
+
+use crate::{Error, Result, tail::Tail};
+
+/// Size of the log file, and of the older one beside it.
+pub const LOG_BYTES: u64 = 1 << 20;
+/// What Linux writes when it gives up, `kernel/panic.c`; `quiet` does not hide it.
+const PANIC: &[u8] = b"Kernel panic - not syncing";
+/// How long the rest of the output may take to arrive after the hypervisor has ended.
+const DRAIN: Duration = Duration::from_secs(1);
+/// Ends the VM when typed at a terminal: Ctrl-].
+const ESCAPE: u8 = 0x1d;
+
+/// Who looks at the console besides the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Audience {
+    /// Nobody.
+    Nobody,
+    /// Somebody at this program's standard input and output.
+    Terminal,
+}
+
+/// One guest's console.
+#[derive(Clone, Debug)]
+pub struct Console {
+    heard: Arc<Heard>,
+    drained: watch::Receiver<bool>,
+    escaped: watch::Receiver<bool>,
+}
+
+#[derive(Debug, Default)]
+struct Heard {
+    tail: Mutex<Tail>,
+    bytes: AtomicU64,
+    panicked: AtomicBool,
+}
+
+impl Console {
+    /// Makes a console and the end of it that belongs to the hypervisor, a connected stream socket.
+    ///
+    /// # Errors
+    /// When the log file cannot be made.
+    pub fn open(log: Option<&Path>, audience: Audience) -> Result<(Self, OwnedFd)> {
+        let log = log.map(Log::create).transpose()?;
+        let (near, far) = pair().map_err(Error::host("make the console's socket pair"))?;
+        let (output, input) = near.into_split();
+        let heard = Arc::new(Heard::default());
+        let (tell_drained, drained) = watch::channel(false);
+        let (tell_escaped, escaped) = watch::channel(false);
+        let listener = heard.clone();
+        tokio::spawn(async move {
+            listener.follow(output, log, audience).await;
+            tell_drained.send_replace(true);
+        });
+        // Without a reader at the other end the guest's input stays closed.
+        tokio::spawn(async move {
+            match audience {
+                Audience::Terminal => forward_input(input, tell_escaped).await,
+                Audience::Nobody => hold(input, tell_escaped).await,
+            }
+        });
+        Ok((Self { heard, drained, escaped }, far))
+    }
+
+    /// The last lines, at most 4 KiB.
+    pub fn tail(&self) -> String {
+        self.heard.tail.lock().expect("no listener panics").text()
+    }
+
+    /// How many bytes the guest has written.
+    pub fn bytes(&self) -> u64 {
+        self.heard.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Whether the guest's kernel said that it panicked.
+    pub fn panicked(&self) -> bool {
+        self.heard.panicked.load(Ordering::Relaxed)
+    }
+
+    /// Answers when everything was heard that an ended hypervisor left behind.
+    pub async fn drained(&self) {
+        let mut drained = self.drained.clone();
+        if timeout(DRAIN, drained.wait_for(|drained| *drained)).await.is_err() {
+            warn!("the guest's console is still open although its hypervisor has ended");
+        }
+    }
+
+    /// Answers when somebody typed Ctrl-] at the terminal.
+    pub async fn escaped(&self) {
+        let mut escaped = self.escaped.clone();
+        if escaped.wait_for(|escaped| *escaped).await.is_err() {
+            std::future::pending().await
+        }
+    }
+}
+
+impl Heard {
+    async fn follow(&self, mut output: impl AsyncRead + Unpin, mut log: Option<Log>, audience: Audience) {
+        let mut buffer = [0; 4096];
+        let mut before = Vec::new();
+        while let Ok(count @ 1..) = output.read(&mut buffer).await {
+            let chunk = &buffer[..count];
+            self.bytes.fetch_add(count as u64, Ordering::Relaxed);
+            self.tail.lock().expect("no reader panics").push(chunk);
+            self.look_for_panic(&mut before, chunk);
+            if let Some(Err(error)) = log.as_mut().map(|log| log.write(chunk)) {
+                warn!(%error, "the console's log cannot be written and ends here");
+                log = None;
+            }
+            if audience == Audience::Terminal {
+                let mut stdout = tokio::io::stdout();
+                let _ = stdout.write_all(chunk).await;
+                let _ = stdout.flush().await;
+            }
+        }
+    }
+
+    /// `before` carries the end of the output so far, because the message may come in pieces.
+    fn look_for_panic(&self, before: &mut Vec<u8>, chunk: &[u8]) {
+        before.extend_from_slice(chunk);
+        if before.windows(PANIC.len()).any(|window| window == PANIC) {
+            self.panicked.store(true, Ordering::Relaxed);
+        }
+        before.drain(..before.len().saturating_sub(PANIC.len()));
+    }
+}
+
+fn pair() -> io::Result<(UnixStream, OwnedFd)> {
+    let (near, far) = StdUnixStream::pair()?;
+    near.set_nonblocking(true)?;
+    Ok((UnixStream::from_std(near)?, far.into()))
+}
+
+async fn forward_input(mut input: OwnedWriteHalf, escaped: watch::Sender<bool>) {
+    let mut stdin = tokio::io::stdin();
+    let mut buffer = [0; 256];
+    while let Ok(count @ 1..) = stdin.read(&mut buffer).await {
+        if buffer[..count].contains(&ESCAPE) {
+            escaped.send_replace(true);
+        }
+        if input.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+    }
+    hold(input, escaped).await;
+}
+
+/// Keeps the console's input open for as long as the hypervisor keeps it: it would take a closed one for the end of both.
+async fn hold(input: OwnedWriteHalf, _escaped: watch::Sender<bool>) {
+    let _ = input.as_ref().ready(tokio::io::Interest::ERROR).await;
+}
+
+/// The log: `path` and, once that is full, what it held before in `<path>.1`.
+#[derive(Debug)]
+struct Log {
+    path: PathBuf,
+    file: File,
+    written: u64,
+}
+
+impl Log {
+    fn create(path: &Path) -> Result<Self> {
+        let file = Self::create_file(path).map_err(|source| Error::File { what: "console log", path: path.into(), source })?;
+        Ok(Self { path: path.to_owned(), file, written: 0 })
+    }
+
+    fn create_file(path: &Path) -> io::Result<File> {
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.written + bytes.len() as u64 > LOG_BYTES {
+            let mut older = self.path.clone().into_os_string();
+            older.push(".1");
+            fs::rename(&self.path, older)?;
+            self.file = Self::create_file(&self.path)?;
+            self.written = 0;
+        }
+        self.written += bytes.len() as u64;
+        self.file.write_all(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn hear(log: Option<&Path>, chunks: &[&[u8]]) -> Console {
+        let (console, far) = Console::open(log, Audience::Nobody).unwrap();
+        let chunks: Vec<Vec<u8>> = chunks.iter().map(|chunk| chunk.to_vec()).collect();
+        std::thread::spawn(move || {
+            let mut far = StdUnixStream::from(far);
+            chunks.iter().for_each(|chunk| far.write_all(chunk).unwrap());
+        });
+        console.drained().await;
+        console
+    }
+
+    #[tokio::test]
+    async fn what_the_guest_wrote_is_in_the_log_and_the_tail() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("console.log");
+        let console = hear(Some(&log), &[b"hello ", b"world\r\n"]).await;
+        assert_eq!(console.tail(), "hello world");
+        assert_eq!(console.bytes(), 13);
+        assert_eq!(fs::read(log).unwrap(), b"hello world\r\n");
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_never_stops_writing_gets_two_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("console.log");
+        let flood = vec![b'x'; 3 << 20];
+        hear(Some(&log), &[&flood, b"end"]).await;
+        assert!(fs::read(&log).unwrap().ends_with(b"xend"));
+        let total: u64 = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
+        assert!(total <= 2 * LOG_BYTES, "{total}");
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_recognised_although_it_comes_in_pieces() {
+        let console = hear(None, &[b"[ 0.5] Kernel pan", b"ic - not syncing: no init\n"]).await;
+        assert!(console.panicked());
+    }
+
+    #[tokio::test]
+    async fn ordinary_output_is_no_panic() {
+        let console = hear(None, &[b"panic is not what happens here\n"]).await;
+        assert!(!console.panicked());
+    }
+
+    #[test]
+    fn a_log_in_a_missing_directory_is_named() {
+        let error = Log::create(Path::new("/nonexistent/console.log")).unwrap_err();
+        assert_eq!(error.to_string(), "open the console log /nonexistent/console.log");
+    }
+}

@@ -1,0 +1,104 @@
+//! What a backend implements: the mechanics of one running hypervisor, and nothing about when they are allowed.
+
+use std::{future::Future, path::Path};
+
+use caisson_protocol::vmm::{
+    CapabilitiesResponse, CreateRequest, Device, GuestDevice, ResizeMemoryRequest, ResizeVcpusRequest,
+    SnapshotRequest, WaitResponse,
+};
+
+use crate::{
+    Error, Result,
+    console::{Audience, Console},
+};
+
+/// A hypervisor with its VM. Dropping it, or the future of [`Self::create`], ends the VM and everything made for it.
+///
+/// [`crate::vm::Vm`] calls the methods in an order that makes sense; none of them needs to check that.
+/// Those with a body are optional.
+pub trait Hypervisor: Send + Sync + Sized + 'static {
+    /// As in the binary's name: "qemu".
+    const NAME: &'static str;
+    /// The executable that is used when a request names none.
+    const DEFAULT_PATH: &'static str;
+
+    /// The backend's own option keys, for `options`: see [`crate::options::describe`].
+    fn options() -> serde_json::Value;
+
+    /// What the hypervisor at `path` can do on this host.
+    fn capabilities(path: &Path) -> impl Future<Output = Result<CapabilitiesResponse>> + Send;
+
+    /// Starts the hypervisor and ends with the VM paused before its first instruction.
+    fn create(request: &CreateRequest, audience: Audience) -> impl Future<Output = Result<Created<Self>>> + Send;
+
+    /// Lets the vCPUs run for the first time.
+    fn boot(&self) -> impl Future<Output = Result<()>> + Send;
+
+    /// Asks the guest to power off, and does not wait until it does.
+    fn power_off(&self) -> impl Future<Output = Result<()>> + Send;
+
+    /// Ends the VM by force; [`Self::ended`] tells when it has.
+    fn kill(&self);
+
+    /// Answers when the VM has ended for whatever reason and everything made for it is gone. Called once.
+    fn ended(&self) -> impl Future<Output = WaitResponse> + Send;
+
+    /// The hypervisor's process.
+    fn pid(&self) -> u32;
+
+    /// The guest's console.
+    fn console(&self) -> &Console;
+
+    /// Stops the vCPUs.
+    fn pause(&self) -> impl Future<Output = Result<()>> + Send {
+        unsupported("pausing", Self::NAME)
+    }
+
+    /// Lets stopped vCPUs run.
+    fn resume(&self) -> impl Future<Output = Result<()>> + Send {
+        unsupported("resuming", Self::NAME)
+    }
+
+    /// Adds `device`, which was checked.
+    fn attach(&self, _device: &Device) -> impl Future<Output = Result<GuestDevice>> + Send {
+        unsupported("attaching a device", Self::NAME)
+    }
+
+    /// Takes away the device that was attached as `id`.
+    fn detach(&self, _id: &str) -> impl Future<Output = Result<()>> + Send {
+        unsupported("detaching a device", Self::NAME)
+    }
+
+    /// Writes the paused VM's state to a directory.
+    fn snapshot(&self, _request: &SnapshotRequest) -> impl Future<Output = Result<()>> + Send {
+        unsupported("a snapshot", Self::NAME)
+    }
+
+    /// Answers how many vCPUs there are afterwards.
+    fn resize_vcpus(&self, _request: &ResizeVcpusRequest) -> impl Future<Output = Result<u32>> + Send {
+        unsupported("changing the number of vCPUs", Self::NAME)
+    }
+
+    /// Answers how much memory there is afterwards, in MiB.
+    fn resize_memory(&self, _request: &ResizeMemoryRequest) -> impl Future<Output = Result<u64>> + Send {
+        unsupported("changing the amount of memory", Self::NAME)
+    }
+
+    /// What the hypervisor counts, beyond what every launcher does; Prometheus text format.
+    fn metrics(&self) -> String {
+        String::new()
+    }
+}
+
+/// A VM that is paused before its first instruction.
+#[derive(Debug)]
+pub struct Created<H> {
+    /// For everything that follows.
+    pub hypervisor: H,
+    /// Where the guest finds its devices, in the request's order.
+    pub devices: Vec<GuestDevice>,
+}
+
+async fn unsupported<T>(what: &str, hypervisor: &str) -> Result<T> {
+    Err(Error::Unsupported(format!("{what} is not supported with {hypervisor}")))
+}

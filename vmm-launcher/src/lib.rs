@@ -1,0 +1,34 @@
+//! Serves the `Vmm` contract (`protocol/proto/vmm.proto`) for one hypervisor per binary.
+//!
+//! ```text
+//!  shim ──ttrpc──► service ──► Vm<H>: the state machine ──► H: Hypervisor, mechanics only
+//!                                                            └ process, console, virtiofsd, vsock: shared parts
+//! ```
+//!
+//! A backend is one file or folder under `src/bin/`: it implements [`hypervisor::Hypervisor`] and calls [`cli::main`].
+//! It holds no state checks; [`vm::Vm`] has them all.
+
+pub mod cli;
+pub mod hypervisor;
+pub mod vm;
+
+pub mod options;
+pub mod request;
+
+pub mod console;
+pub mod guest_vsock;
+pub mod kernel;
+pub mod kvm;
+pub mod process;
+pub mod tail;
+pub mod time_stamp;
+pub mod virtiofsd;
+pub mod vsock;
+
+mod error;
+mod run;
+mod serve;
+mod service;
+mod sys;
+
+pub use error::{Error, Result};

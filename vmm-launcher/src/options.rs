@@ -1,0 +1,87 @@
+//! A backend's own options: a TOML table, read into the backend's serde type, and described for others as JSON.
+
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+
+use crate::{Error, Result};
+
+/// One key for people and for the config-service.
+#[derive(Clone, Debug)]
+pub struct OptionDoc {
+    /// As in the TOML table.
+    pub key: &'static str,
+    /// `string`, `bool`, `integer` or `array`.
+    pub kind: &'static str,
+    /// The values that are accepted, where they can be counted.
+    pub accepted: &'static [&'static str],
+    /// One sentence.
+    pub doc: &'static str,
+}
+
+/// Reads the table `text`.
+///
+/// # Errors
+/// When it is not TOML, has an unknown key or a value that is not accepted; the message names what is.
+pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T> {
+    toml::from_str(text).map_err(|error| Error::Invalid(format!("hypervisor options: {}", one_line(&error.to_string()))))
+}
+
+/// The JSON array that `options` prints: each key with its default from `T` itself.
+pub fn describe<T: Serialize + Default>(docs: &[OptionDoc]) -> Value {
+    let defaults = serde_json::to_value(T::default()).unwrap_or_default();
+    let describe = |doc: &OptionDoc| {
+        let accepted = if doc.accepted.is_empty() { Value::Null } else { json!(doc.accepted) };
+        json!({ "key": doc.key, "type": doc.kind, "default": defaults[doc.key], "accepted": accepted, "doc": doc.doc })
+    };
+    docs.iter().map(describe).collect()
+}
+
+/// toml draws the place over several lines; the last has the reason, the first the place.
+fn one_line(text: &str) -> String {
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let place = lines.next().unwrap_or_default();
+    match lines.filter(|line| !line.starts_with('|') && !line.starts_with(|c: char| c.is_ascii_digit())).last() {
+        Some(reason) => format!("{reason} ({place})"),
+        None => place.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, Default, Deserialize, Serialize)]
+    #[serde(deny_unknown_fields, default)]
+    struct Options {
+        color: Color,
+    }
+
+    #[derive(Debug, Default, Deserialize, Serialize)]
+    #[serde(rename_all = "lowercase")]
+    enum Color {
+        #[default]
+        Red,
+        Green,
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_the_known_ones() {
+        let error = parse::<Options>("colour = \"red\"").unwrap_err().to_string();
+        assert!(error.contains("unknown field `colour`") && error.contains("`color`"), "{error}");
+        assert!(!error.contains('\n'), "{error}");
+    }
+
+    #[test]
+    fn an_unknown_value_is_named_with_the_accepted_ones() {
+        let error = parse::<Options>("color = \"blue\"").unwrap_err().to_string();
+        assert!(error.contains("unknown variant `blue`, expected `red` or `green`"), "{error}");
+    }
+
+    #[test]
+    fn the_default_comes_from_the_type() {
+        let doc = OptionDoc { key: "color", kind: "string", accepted: &["red", "green"], doc: "Its color." };
+        assert_eq!(describe::<Options>(&[doc])[0]["default"], "red");
+    }
+}

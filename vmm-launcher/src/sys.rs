@@ -1,0 +1,58 @@
+//! The unsafe calls of this crate.
+#![allow(unsafe_code)]
+
+use std::{fs::File, io, os::fd::AsRawFd};
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use nix::{
+    sys::{prctl::set_pdeathsig, signal::Signal},
+    unistd::getppid,
+};
+use tokio::process::Command;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+/// Has the kernel kill the child when the thread that starts it ends.
+pub(crate) fn die_with_parent(command: &mut Command) {
+    let parent = nix::unistd::getpid();
+    let ask = move || {
+        set_pdeathsig(Signal::SIGKILL)?;
+        // The parent may have ended before it could be asked for.
+        if getppid() == parent { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
+    };
+    // SAFETY: between fork and exec the closure only makes the system calls `prctl` and `getppid`, which are
+    // async-signal-safe, and allocates nothing.
+    unsafe { command.pre_exec(ask) };
+}
+
+/// Gives the guest behind `vhost`, an open `/dev/vhost-vsock`, its context id; `EADDRINUSE` when another guest has it.
+pub(crate) fn set_guest_cid(vhost: &File, cid: u64) -> io::Result<()> {
+    nix::ioctl_write_ptr!(vhost_vsock_set_guest_cid, 0xaf, 0x60, u64);
+    // SAFETY: the descriptor is open for the whole call, and the kernel only reads the eight bytes of `cid`
+    // (VHOST_VSOCK_SET_GUEST_CID, linux/vhost.h).
+    unsafe { vhost_vsock_set_guest_cid(vhost.as_raw_fd(), &cid) }?;
+    Ok(())
+}
+
+/// Makes `memory` the guest's physical memory.
+pub(crate) fn map_guest_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), kvm_ioctls::Error> {
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let mapping = kvm_userspace_memory_region {
+            slot,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+            flags: 0,
+        };
+        // SAFETY: the region is mapped, of this size, and the caller keeps `memory` for as long as `vm`'s vCPUs run;
+        // nothing in this process holds a reference into it meanwhile.
+        unsafe { vm.set_user_memory_region(mapping) }?;
+    }
+    Ok(())
+}
+
+/// The processor's time stamp counter.
+pub(crate) fn time_stamp() -> u64 {
+    // SAFETY: every x86-64 processor has `rdtsc`, and Linux lets processes use it unless one asked it not to.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}

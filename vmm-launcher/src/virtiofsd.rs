@@ -1,0 +1,73 @@
+//! virtiofsd: one process per shared directory, the vhost-user backend of a virtio-fs device.
+//!
+//! It inherits its listening socket, and the hypervisor's connection to it waits there before it runs: nobody waits for a
+//! socket to appear.
+
+use std::{
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::Path,
+};
+
+use caisson_protocol::vmm::Fs;
+
+use crate::{Error, Result, process::Process};
+
+/// The values of `Fs.cache`.
+pub const CACHE_MODES: [&str; 3] = ["auto", "always", "never"];
+
+/// A running virtiofsd; killed when dropped.
+#[derive(Debug)]
+pub struct Virtiofsd {
+    tag: String,
+    process: Process,
+}
+
+impl Virtiofsd {
+    /// Starts it, and answers with the hypervisor's connection. Its socket's name in `run_dir` is gone when this returns.
+    ///
+    /// # Errors
+    /// When the program cannot be executed, or `run_dir` is too long for a socket's path.
+    pub fn start(fs: &Fs, run_dir: &Path) -> Result<(Self, OwnedFd)> {
+        let (listener, connection) = connected_listener(&run_dir.join("virtiofsd.sock"))?;
+        let listener = OwnedFd::from(listener);
+        let cache = if fs.cache.is_empty() { CACHE_MODES[0] } else { &fs.cache };
+        let mut arguments = vec![
+            format!("--fd={}", listener.as_raw_fd()),
+            format!("--shared-dir={}", fs.shared_dir),
+            format!("--cache={cache}"),
+            "--log-level=error".into(),
+        ];
+        arguments.extend(fs.extra_args.iter().cloned());
+        let process = Process::start(Path::new(&fs.daemon_path), &arguments, vec![listener])?;
+        Ok((Self { tag: fs.tag.clone(), process }, connection))
+    }
+
+    /// Answers when it has ended, which it should not: what ended, and its last words.
+    pub async fn ended(&self) -> String {
+        let ended = self.process.ended().await;
+        format!("the file server of share \"{}\" ended: {}", self.tag, self.process.describe(&ended))
+    }
+
+    /// Ends it and waits until it has.
+    pub async fn end(self) {
+        self.process.kill();
+        self.process.ended().await;
+    }
+}
+
+/// A listening socket without a name, and a connection that waits in it.
+///
+/// # Errors
+/// When `path`, which exists only for a moment, is too long or cannot be made.
+pub fn connected_listener(path: &Path) -> Result<(UnixListener, OwnedFd)> {
+    let make = || {
+        let listener = caisson_protocol::listen::bind(path)?;
+        let connection = UnixStream::connect(path);
+        std::fs::remove_file(path)?;
+        Ok((listener, OwnedFd::from(connection?)))
+    };
+    make().map_err(Error::host(format!("make the socket {}", path.display())))
+}
