@@ -53,7 +53,7 @@ pub struct Muxer {
     ready: VecDeque<Token>,
     /// Answers to packets that belong to no connection.
     refusals: VecDeque<Header>,
-    /// Connections that the guest must confirm the end of, by deadline.
+    /// Connections that the guest must confirm the end of, by deadline; those that it did stay until their turn.
     closing: VecDeque<(Instant, Token)>,
     timer: TimerFd,
     next_token: Token,
@@ -275,13 +275,12 @@ impl Muxer {
     /// Ends the connections whose end the guest has not confirmed in time.
     pub fn reset_overdue(&mut self, now: Instant) {
         while let Some((deadline, token)) = self.closing.front().copied() {
-            if deadline > now {
+            let entry = self.entries.get_mut(&token).filter(|entry| entry.connection.is_closing());
+            if entry.is_some() && deadline > now {
                 return self.arm_timer(deadline - now);
             }
             self.closing.pop_front();
-            if let Some(entry) = self.entries.get_mut(&token)
-                && entry.connection.is_closing()
-            {
+            if let Some(entry) = entry {
                 debug!(ports = ?entry.connection.ports(), "vsock connection's end not confirmed");
                 entry.connection.reset();
                 self.settle(token);

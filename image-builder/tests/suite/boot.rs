@@ -1,7 +1,5 @@
 //! What is built boots: a guest loads the modules in their order and then has what we promise.
 
-mod common;
-
 use std::path::Path;
 use std::process::Command;
 
@@ -24,7 +22,7 @@ fn console_of(kernel: &Path, initrd: &Path) -> String {
 
 #[test]
 fn a_guest_loads_every_module_and_has_our_filesystems_and_drivers() {
-    if !(common::has("qemu-system-x86_64") && common::has_kernel_package()) {
+    if !(crate::common::has("qemu-system-x86_64") && crate::common::has_kernel_package()) {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
@@ -34,7 +32,7 @@ fn a_guest_loads_every_module_and_has_our_filesystems_and_drivers() {
         recipe: Recipe::default(),
         output: output.clone(),
         cache: Cache::default_root(),
-        agent: Some(common::static_init(directory.path())),
+        agent: Some(crate::common::static_init(directory.path())),
     };
     build(&request, &Progress::silent()).unwrap();
     request.target = Target::Initrd;

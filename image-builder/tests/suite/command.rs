@@ -1,7 +1,5 @@
 //! The command line: what it prints, and one clear sentence for what goes wrong.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -60,7 +58,7 @@ fn a_missing_program_is_named_with_its_package() {
 
 #[test]
 fn an_unknown_package_is_named() {
-    if !common::has("apt-cache") {
+    if !crate::common::has("apt-cache") {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
@@ -72,7 +70,7 @@ fn an_unknown_package_is_named() {
 
 #[test]
 fn a_version_that_is_not_there_is_answered_with_those_that_are() {
-    if !common::has_kernel_package() {
+    if !crate::common::has_kernel_package() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
@@ -86,7 +84,7 @@ fn a_version_that_is_not_there_is_answered_with_those_that_are() {
 
 #[test]
 fn a_module_that_the_kernel_has_not_is_named() {
-    if !common::has_kernel_package() {
+    if !crate::common::has_kernel_package() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();

@@ -1,7 +1,5 @@
 //! Same inputs, same bytes: everything is built in two caches that share nothing, and compared.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -25,14 +23,14 @@ fn build_all(directory: &Path, recipe: &Recipe, agent: PathBuf) -> PathBuf {
 }
 
 fn builds_are_equal(recipe: &Recipe) {
-    if !(common::has_kernel_package() && common::is_root()) {
+    if !(crate::common::has_kernel_package() && crate::common::is_root()) {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
     let (one, other) = (directory.path().join("one"), directory.path().join("other"));
     fs::create_dir(&one).unwrap();
     fs::create_dir(&other).unwrap();
-    let agent = common::static_init(directory.path());
+    let agent = crate::common::static_init(directory.path());
     let first = build_all(&one, recipe, agent.clone());
     let second = build_all(&other, recipe, agent);
     for name in ["vmlinux", "bzImage", "initrd.img", "manifest.json"] {
@@ -44,7 +42,7 @@ fn builds_are_equal(recipe: &Recipe) {
 
 #[test]
 fn an_erofs_build_in_another_cache_gives_the_same_bytes() {
-    if common::has("mkfs.erofs") {
+    if crate::common::has("mkfs.erofs") {
         builds_are_equal(&Recipe::default());
     }
 }
@@ -55,7 +53,7 @@ fn an_ext4_build_with_verity_in_another_cache_gives_the_same_bytes() {
     recipe.rootfs.format = Format::Ext4;
     recipe.rootfs.verity = true;
     recipe.initrd.compression = Compression::Zstd;
-    if common::has("mkfs.ext4") {
+    if crate::common::has("mkfs.ext4") {
         builds_are_equal(&recipe);
     }
 }

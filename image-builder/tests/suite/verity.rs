@@ -1,7 +1,5 @@
 //! Our hash trees against cryptsetup's reading of them.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -22,9 +20,9 @@ fn veritysetup_accepts(image: &Path, hash_file: &Path, verity: &Verity) -> bool 
     command.output().unwrap().status.success()
 }
 
-/// Every number of levels that an image up to half a gigabyte has, at its edges.
-fn tree_is_accepted(blocks: usize) {
-    if !common::has("veritysetup") {
+/// Makes the tree of an image and lets cryptsetup check it.
+fn the_tree_is_accepted(blocks: usize) {
+    if !crate::common::has("veritysetup") {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
@@ -36,27 +34,27 @@ fn tree_is_accepted(blocks: usize) {
 
 #[test]
 fn a_single_block_is_its_own_tree() {
-    tree_is_accepted(1);
+    the_tree_is_accepted(1);
 }
 
 #[test]
 fn a_full_hash_block_is_one_level() {
-    tree_is_accepted(128);
+    the_tree_is_accepted(128);
 }
 
 #[test]
 fn one_block_more_makes_two_levels() {
-    tree_is_accepted(129);
+    the_tree_is_accepted(129);
 }
 
 #[test]
 fn three_levels_are_accepted() {
-    tree_is_accepted(128 * 128 + 1);
+    the_tree_is_accepted(128 * 128 + 1);
 }
 
 #[test]
 fn an_appended_tree_is_accepted_after_padding() {
-    if !common::has("veritysetup") {
+    if !crate::common::has("veritysetup") {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
@@ -69,7 +67,7 @@ fn an_appended_tree_is_accepted_after_padding() {
 
 #[test]
 fn a_changed_bit_is_found() {
-    if !common::has("veritysetup") {
+    if !crate::common::has("veritysetup") {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
