@@ -55,7 +55,8 @@ impl GuestService {
     fn information(&self) -> InfoResponse {
         InfoResponse {
             agent_version: env!("CARGO_PKG_VERSION").into(),
-            kernel_release: uname().map_or_else(|_| String::new(), |name| name.release().to_string_lossy().into_owned()),
+            kernel_release: uname()
+                .map_or_else(|_| String::new(), |name| name.release().to_string_lossy().into_owned()),
             kernel_ns: nanoseconds(self.kernel_time),
             agent_ns: nanoseconds(self.agent_time),
             vcpus: machine::vcpus(),
@@ -108,12 +109,7 @@ impl Guest for GuestService {
         Ok(self.information())
     }
 
-    async fn events(
-        &self,
-        _: &TtrpcContext,
-        _: EventsRequest,
-        host: ServerStreamSender<Event>,
-    ) -> ttrpc::Result<()> {
+    async fn events(&self, _: &TtrpcContext, _: EventsRequest, host: ServerStreamSender<Event>) -> ttrpc::Result<()> {
         let events = &self.containers.events;
         loop {
             let event = events.next().await;

@@ -32,12 +32,18 @@ use crate::{
 /// `VMADDR_CID_HOST`, `vsock(7)`.
 const HOST: u32 = 2;
 
+/// `VMADDR_CID_ANY`, `vsock(7)`: what the kernel answers when no device gave it an address.
+const ANY_CID: u32 = u32::MAX;
+
 /// Calls the host, which listens before it starts the guest.
 ///
 /// # Errors
 /// When the guest has no vsock device, or the host does not answer.
 pub async fn call() -> Result<Socket> {
     let cid = sys::local_cid().attempt("find the guest's vsock address")?;
+    if cid == ANY_CID {
+        return Err(Error::NotFound("the guest has no vsock device to call the host by".into()));
+    }
     let host = Address::Vsock { cid: HOST, port: agent_port(cid) };
     let stream = host.connect().await.attempt(format_args!("call the host at {host}"))?;
     Ok(stream.into_ttrpc())

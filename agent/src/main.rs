@@ -69,7 +69,8 @@ fn run_guest() {
         Err(error) => return fail(Parameters::read(), &error),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let lived = runtime.attempt("start the runtime").and_then(|runtime| runtime.block_on(live(parameters, kernel_time)));
+    let lived =
+        runtime.attempt("start the runtime").and_then(|runtime| runtime.block_on(live(parameters, kernel_time)));
     match lived {
         Ok(()) => {
             tracing::info!("the host has gone");

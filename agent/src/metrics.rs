@@ -17,7 +17,12 @@ pub fn text(containers: &Containers) -> String {
     let load = load.split(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0.0);
     gauge(&mut text, "caisson_agent_resident_bytes", "Memory of the agent.", bytes(&status, "VmRSS:"));
     gauge(&mut text, "caisson_guest_memory_bytes", "Memory of the guest.", bytes(&memory, "MemTotal:"));
-    gauge(&mut text, "caisson_guest_memory_available_bytes", "Memory for new programs.", bytes(&memory, "MemAvailable:"));
+    gauge(
+        &mut text,
+        "caisson_guest_memory_available_bytes",
+        "Memory for new programs.",
+        bytes(&memory, "MemAvailable:"),
+    );
     gauge(&mut text, "caisson_guest_vcpus", "Processors in use.", f64::from(machine::vcpus()));
     gauge(&mut text, "caisson_guest_load1", "Load, one-minute average.", load);
 

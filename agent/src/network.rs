@@ -123,9 +123,9 @@ impl Network {
 
 fn device_exists(mac: &str) -> bool {
     let devices = fs::read_dir("/sys/class/net").into_iter().flatten().flatten();
-    devices.map(|device| fs::read_to_string(device.path().join("address")).unwrap_or_default()).any(|address| {
-        address.trim().eq_ignore_ascii_case(mac)
-    })
+    devices
+        .map(|device| fs::read_to_string(device.path().join("address")).unwrap_or_default())
+        .any(|address| address.trim().eq_ignore_ascii_case(mac))
 }
 
 fn name_of(link: &LinkMessage) -> Option<&str> {
@@ -156,14 +156,14 @@ fn parse_cidr(text: &str) -> Result<(IpAddr, u8)> {
         let (address, prefix) = (address.parse::<IpAddr>().ok()?, prefix.parse::<u8>().ok()?);
         (prefix <= if address.is_ipv4() { 32 } else { 128 }).then_some((address, prefix))
     };
-    parse().ok_or_else(|| Error::Invalid(format!("\"{}\" is not an address with a prefix, as 10.0.0.2/24", text.escape_debug())))
+    parse().ok_or_else(|| {
+        Error::Invalid(format!("\"{}\" is not an address with a prefix, as 10.0.0.2/24", text.escape_debug()))
+    })
 }
 
 fn refused(what: &str, error: &rtnetlink::Error) -> Error {
     match error {
-        rtnetlink::Error::NetlinkError(message) => {
-            Error::System { what: what.to_owned(), source: message.to_io() }
-        }
+        rtnetlink::Error::NetlinkError(message) => Error::System { what: what.to_owned(), source: message.to_io() },
         other => Error::Invalid(format!("{what}: {other}")),
     }
 }

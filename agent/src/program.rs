@@ -38,7 +38,8 @@ impl Executor for Program {
             Err(refusal) => refusal,
         };
         // The program's own standard error: there is no other reader left.
-        let _ = writeln!(std::io::stderr(), "exec \"{name}\": {}", refusal.reason);
+        let line = format!("exec \"{name}\": {}\n", refusal.reason);
+        let _ = std::io::stderr().write_all(line.as_bytes());
         std::process::exit(refusal.status)
     }
 

@@ -116,7 +116,10 @@ fn find_by_serial(blocks: &Path, serial: &str) -> Option<PathBuf> {
 
 /// `<device>/virtio<N>/block/<name>`
 fn find_below(device: &Path) -> Option<PathBuf> {
-    let virtio = fs::read_dir(device).ok()?.flatten().find(|child| child.file_name().as_encoded_bytes().starts_with(b"virtio"))?;
+    let virtio = fs::read_dir(device)
+        .ok()?
+        .flatten()
+        .find(|child| child.file_name().as_encoded_bytes().starts_with(b"virtio"))?;
     let disk = fs::read_dir(virtio.path().join("block")).ok()?.flatten().next()?;
     Some(Path::new("/dev").join(disk.file_name()))
 }

@@ -1,9 +1,6 @@
 //! containerd's Task contract, served in the guest: each request is one call to a container.
 
-use std::{
-    sync::Arc,
-    time::UNIX_EPOCH,
-};
+use std::{sync::Arc, time::UNIX_EPOCH};
 
 use async_trait::async_trait;
 use caisson_protocol::{
@@ -25,15 +22,7 @@ use protobuf::{MessageField, well_known_types::timestamp::Timestamp};
 use serde::de::IgnoredAny;
 use ttrpc::r#async::TtrpcContext;
 
-use crate::{
-    containers::Containers,
-    error::Error,
-    process::Stdio,
-    reaper::Exit,
-    resources,
-    state::State,
-    stats,
-};
+use crate::{containers::Containers, error::Error, process::Stdio, reaper::Exit, resources, state::State, stats};
 
 /// Serves containers.
 pub struct TaskService(pub Arc<Containers>);
@@ -65,12 +54,8 @@ impl Task for TaskService {
         };
         let description = str::from_utf8(&request.spec.value).map_err(|error| unreadable(&error))?;
         serde_json::from_str::<IgnoredAny>(description).map_err(|error| unreadable(&error))?;
-        let stdio = Stdio {
-            stdin: request.stdin,
-            stdout: request.stdout,
-            stderr: request.stderr,
-            terminal: request.terminal,
-        };
+        let stdio =
+            Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
         self.0.get(&request.id)?.add_exec(&request.exec_id, stdio, description)?;
         Ok(Empty::new())
     }
@@ -145,7 +130,8 @@ impl Task for TaskService {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        let size = |value: u32| u16::try_from(value).map_err(|_| Error::Invalid(format!("{value} is no terminal size")));
+        let size =
+            |value: u32| u16::try_from(value).map_err(|_| Error::Invalid(format!("{value} is no terminal size")));
         let process = self.0.get(&request.id)?.process(&request.exec_id)?;
         process.resize(size(request.width)?, size(request.height)?)?;
         Ok(Empty::new())

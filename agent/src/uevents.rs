@@ -50,8 +50,7 @@ struct Events(AsyncFd<OwnedFd>);
 impl Events {
     fn listen() -> std::io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let kernel =
-            socket(AddressFamily::Netlink, SockType::Datagram, flags, SockProtocol::NetlinkKObjectUEvent)?;
+        let kernel = socket(AddressFamily::Netlink, SockType::Datagram, flags, SockProtocol::NetlinkKObjectUEvent)?;
         bind(kernel.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_GROUP))?;
         Ok(Self(sys::register(kernel, Interest::READABLE)?))
     }

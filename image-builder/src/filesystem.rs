@@ -1,6 +1,8 @@
 //! Makes a filesystem image of a directory, the same bytes every time: fixed UUIDs, fixed times, owned by root.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
@@ -35,7 +37,8 @@ pub fn tool(section: Section, format: Format) -> Result<Section> {
 
 /// Makes the image.
 pub fn make(format: Format, root: &Path, image: &Path) -> Result<()> {
-    let contents = prepare(root)?;
+    let mut contents = Contents::default();
+    prepare(root, &mut contents)?;
     match format {
         Format::Erofs => make_erofs(root, image),
         Format::Ext4 => make_ext4(root, image, &contents),
@@ -65,49 +68,70 @@ fn make_ext4(root: &Path, image: &Path, contents: &Contents) -> Result<()> {
         .env("E2FSPROGS_FAKE_TIME", &TIME.to_string())
         .args(["-q", "-F", "-b", &BLOCK.to_string(), "-I", "256", "-m", "0", "-O", EXT4_FEATURES, "-U", UUID])
         .args(["-E", &format!("hash_seed={UUID},root_owner=0:0,lazy_itable_init=0,nodiscard")])
-        .args(["-N", &contents.inodes().to_string(), "-d"])
+        .args(["-N", &contents.inode_count().to_string(), "-d"])
         .arg(root)
         .arg(image)
         .arg(format!("{}k", contents.image_size() / 1024))
         .run()?;
-    Ok(())
+    fix_change_times(image, contents)
 }
 
-/// How much there is in a directory.
-#[derive(Clone, Copy, Debug, Default)]
+/// First inode that mkfs.ext4 gives out after `lost+found`.
+const FIRST_INODE: u64 = 12;
+
+/// mkfs.ext4 copies the files' change times, which nobody can set, and debugfs can.
+fn fix_change_times(image: &Path, contents: &Contents) -> Result<()> {
+    // The root directory has inode 2, and is one of those counted.
+    let last = FIRST_INODE + contents.inodes.len() as u64 - 1;
+    let inodes = [2, FIRST_INODE - 1].into_iter().chain(FIRST_INODE..last);
+    let script: String = inodes.map(|inode| format!("set_inode_field <{inode}> ctime @{TIME}\n")).collect();
+    let commands = image.with_extension("debugfs");
+    fs::write(&commands, script).map_err(Error::file("write", &commands))?;
+    Tool::new("debugfs", "give the ext4 image fixed times")
+        .env("E2FSPROGS_FAKE_TIME", &TIME.to_string())
+        .args(["-w", "-f"])
+        .arg(&commands)
+        .arg(image)
+        .run()?;
+    fs::remove_file(&commands).map_err(Error::file("remove", &commands))
+}
+
+/// What there is in a directory.
+#[derive(Clone, Debug, Default)]
 struct Contents {
-    files: u64,
+    /// Inodes; several names may stand for one.
+    inodes: BTreeSet<u64>,
     /// Bytes, each file rounded up to whole blocks.
     bytes: u64,
 }
 
 impl Contents {
-    /// Some to spare, for a guest that writes.
-    fn inodes(&self) -> u64 {
-        self.files + self.files / 4 + 64
+    /// Inodes of the image: some to spare, for a guest that writes.
+    fn inode_count(&self) -> u64 {
+        let used = self.inodes.len() as u64;
+        used + used / 4 + 64
     }
 
     /// Content, inode table, and an eighth to spare, in whole mebibytes.
     fn image_size(&self) -> u64 {
-        let needed = self.bytes + self.inodes() * 256;
+        let needed = self.bytes + self.inode_count() * 256;
         (needed + needed / 8 + (1 << 20)).next_multiple_of(1 << 20)
     }
 }
 
 /// Gives everything the fixed time, and measures it.
-fn prepare(path: &Path) -> Result<Contents> {
+fn prepare(path: &Path, contents: &mut Contents) -> Result<()> {
     let metadata = fs::symlink_metadata(path).map_err(Error::file("read", path))?;
-    let mut contents = Contents { files: 1, bytes: metadata.len().next_multiple_of(BLOCK) };
+    if contents.inodes.insert(metadata.ino()) {
+        contents.bytes += metadata.len().next_multiple_of(BLOCK);
+    }
     if metadata.is_dir() {
         for entry in fs::read_dir(path).map_err(Error::file("read", path))? {
-            let below = prepare(&entry.map_err(Error::file("read", path))?.path())?;
-            contents.files += below.files;
-            contents.bytes += below.bytes;
+            prepare(&entry.map_err(Error::file("read", path))?.path(), contents)?;
         }
     }
     let time = Timespec { tv_sec: TIME, tv_nsec: 0 };
     let times = Timestamps { last_access: time, last_modification: time };
     utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW)
-        .map_err(|error| Error::file("set the time of", path)(error.into()))?;
-    Ok(contents)
+        .map_err(|error| Error::file("set the time of", path)(error.into()))
 }

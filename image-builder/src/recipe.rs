@@ -1,4 +1,4 @@
-//! The recipe: what to build, as TOML with defaults for everything. Checked here once; the rest of the crate trusts it.
+//! The recipe: what to build, as TOML with defaults for everything (`recipe.toml` documents the keys). Checked here once; the rest of the crate trusts it.
 
 use std::path::Path;
 
@@ -245,6 +245,11 @@ mod tests {
     #[test]
     fn an_empty_recipe_is_the_default() {
         assert_eq!(parse("").unwrap(), Recipe::default());
+    }
+
+    #[test]
+    fn the_documented_recipe_is_the_default() {
+        assert_eq!(parse(include_str!("../recipe.toml")).unwrap(), Recipe::default());
     }
 
     #[test]

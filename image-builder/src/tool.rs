@@ -21,6 +21,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("gzip", "gzip"),
     ("mkfs.erofs", "erofs-utils"),
     ("mkfs.ext4", "e2fsprogs"),
+    ("debugfs", "e2fsprogs"),
     ("mmdebstrap", "mmdebstrap"),
     ("strip", "binutils"),
     ("objcopy", "binutils"),

@@ -185,7 +185,8 @@ struct Log {
 
 impl Log {
     fn create(path: &Path) -> Result<Self> {
-        let file = Self::create_file(path).map_err(|source| Error::File { what: "console log", path: path.into(), source })?;
+        let file =
+            Self::create_file(path).map_err(|source| Error::File { what: "console log", path: path.into(), source })?;
         Ok(Self { path: path.to_owned(), file, written: 0 })
     }
 

@@ -3,8 +3,8 @@
 use std::{future::Future, path::Path};
 
 use caisson_protocol::vmm::{
-    CapabilitiesResponse, CreateRequest, Device, GuestDevice, ResizeMemoryRequest, ResizeVcpusRequest,
-    SnapshotRequest, WaitResponse,
+    CapabilitiesResponse, CreateRequest, Device, GuestDevice, ResizeMemoryRequest, ResizeVcpusRequest, SnapshotRequest,
+    WaitResponse,
 };
 
 use crate::{

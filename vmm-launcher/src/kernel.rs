@@ -63,6 +63,9 @@ mod tests {
 
     #[test]
     fn a_missing_kernel_is_named() {
-        assert_eq!(format(Path::new("/nonexistent/k")).unwrap_err().to_string(), "open the guest kernel /nonexistent/k");
+        assert_eq!(
+            format(Path::new("/nonexistent/k")).unwrap_err().to_string(),
+            "open the guest kernel /nonexistent/k"
+        );
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use kvm_bindings::KVM_API_VERSION;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::signal::{Killable, register_signal_handler, SIGRTMIN};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::sys;
 
@@ -36,7 +36,8 @@ const OUTPUT: u64 = 8;
 pub fn probe() -> Result<(), String> {
     let (tell, told) = channel();
     extern "C" fn interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    register_signal_handler(SIGRTMIN(), interrupt).map_err(|error| format!("a signal handler cannot be set: {error}"))?;
+    register_signal_handler(SIGRTMIN(), interrupt)
+        .map_err(|error| format!("a signal handler cannot be set: {error}"))?;
     let started = Instant::now();
     let guest = std::thread::spawn(move || tell.send(run_guest()));
     let mut patience = DEADLINE;

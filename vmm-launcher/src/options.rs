@@ -23,7 +23,8 @@ pub struct OptionDoc {
 /// # Errors
 /// When it is not TOML, has an unknown key or a value that is not accepted; the message names what is.
 pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T> {
-    toml::from_str(text).map_err(|error| Error::Invalid(format!("hypervisor options: {}", one_line(&error.to_string()))))
+    toml::from_str(text)
+        .map_err(|error| Error::Invalid(format!("hypervisor options: {}", one_line(&error.to_string()))))
 }
 
 /// The JSON array that `options` prints: each key with its default from `T` itself.

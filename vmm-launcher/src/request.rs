@@ -69,7 +69,9 @@ pub fn check(request: &CreateRequest, max_vcpus: u32) -> Result<&VmConfig> {
         }
     }
     for single in ["vsock", "console", "balloon"] {
-        if vm.devices.iter().filter_map(|device| device.kind.as_ref()).filter(|kind| kind_name(kind) == single).count() > 1 {
+        if vm.devices.iter().filter_map(|device| device.kind.as_ref()).filter(|kind| kind_name(kind) == single).count()
+            > 1
+        {
             return Err(Error::Invalid(format!("a VM has at most one {single} device")));
         }
     }
@@ -90,7 +92,10 @@ fn check_size(vm: &VmConfig, max_vcpus: u32) -> Result<()> {
         )));
     }
     if vm.max_memory_mib != 0 && vm.max_memory_mib < vm.memory_mib {
-        return Err(Error::Invalid(format!("max_memory_mib {} is less than memory_mib {}", vm.max_memory_mib, vm.memory_mib)));
+        return Err(Error::Invalid(format!(
+            "max_memory_mib {} is less than memory_mib {}",
+            vm.max_memory_mib, vm.memory_mib
+        )));
     }
     Ok(())
 }
@@ -123,7 +128,10 @@ pub fn check_device(device: &Device) -> Result<()> {
             Ok(())
         }
         Kind::Fs(fs) => {
-            if fs.tag.is_empty() || fs.tag.len() > MAX_TAG || !fs.tag.bytes().all(|byte| byte.is_ascii_graphic() && byte != b',') {
+            if fs.tag.is_empty()
+                || fs.tag.len() > MAX_TAG
+                || !fs.tag.bytes().all(|byte| byte.is_ascii_graphic() && byte != b',')
+            {
                 return Err(Error::Invalid(format!(
                     "virtio-fs tag \"{}\" is not 1 to {MAX_TAG} printable characters without ','",
                     fs.tag.escape_debug()
@@ -160,7 +168,10 @@ fn check_net(tap: &str, mac: &str) -> Result<()> {
     }
     let octets: Vec<_> = mac.split(':').collect();
     if octets.len() != 6 || octets.iter().any(|octet| octet.len() != 2 || u8::from_str_radix(octet, 16).is_err()) {
-        return Err(Error::Invalid(format!("mac address \"{}\" is not of the form aa:bb:cc:dd:ee:ff", mac.escape_debug())));
+        return Err(Error::Invalid(format!(
+            "mac address \"{}\" is not of the form aa:bb:cc:dd:ee:ff",
+            mac.escape_debug()
+        )));
     }
     Ok(())
 }
@@ -216,7 +227,10 @@ mod tests {
 
     #[test]
     fn a_missing_kernel_is_named() {
-        assert_eq!(refusal(|vm| vm.kernel = "/no/k".into()), "open the guest kernel /no/k: No such file or directory (os error 2)");
+        assert_eq!(
+            refusal(|vm| vm.kernel = "/no/k".into()),
+            "open the guest kernel /no/k: No such file or directory (os error 2)"
+        );
     }
 
     #[test]

@@ -66,7 +66,8 @@ fn request<H: Hypervisor>(arguments: RunArgs, run_dir: &Path) -> anyhow::Result<
         kinds.push(Kind::Net(Net { tap, mac: format!("02:00:00:00:00:{:02x}", number + 1), ..Default::default() }));
     }
     for share in &arguments.share {
-        let (tag, directory) = share.split_once('=').with_context(|| format!("--share {share} is not TAG=DIRECTORY"))?;
+        let (tag, directory) =
+            share.split_once('=').with_context(|| format!("--share {share} is not TAG=DIRECTORY"))?;
         kinds.push(Kind::Fs(Fs {
             tag: tag.into(),
             shared_dir: path(directory.into())?,

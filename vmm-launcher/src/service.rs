@@ -3,11 +3,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use caisson_protocol::{
-    status::Status,
-    vmm::*,
-    vmm_ttrpc,
-};
+use caisson_protocol::{status::Status, vmm::*, vmm_ttrpc};
 use ttrpc::asynchronous::TtrpcContext;
 
 use crate::{Error, Result, console::Audience, hypervisor::Hypervisor, request, vm::Vm};
@@ -90,12 +86,20 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
         Ok(ResizeVcpusResponse { vcpus, ..Default::default() })
     }
 
-    async fn resize_memory(&self, _: &TtrpcContext, request: ResizeMemoryRequest) -> ttrpc::Result<ResizeMemoryResponse> {
+    async fn resize_memory(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeMemoryRequest,
+    ) -> ttrpc::Result<ResizeMemoryResponse> {
         let memory_mib = answer(answer_alive(&self.vm, "resize")?.resize_memory(&request).await)?;
         Ok(ResizeMemoryResponse { memory_mib, ..Default::default() })
     }
 
-    async fn capabilities(&self, _: &TtrpcContext, request: CapabilitiesRequest) -> ttrpc::Result<CapabilitiesResponse> {
+    async fn capabilities(
+        &self,
+        _: &TtrpcContext,
+        request: CapabilitiesRequest,
+    ) -> ttrpc::Result<CapabilitiesResponse> {
         let path = if request.hypervisor_path.is_empty() { H::DEFAULT_PATH } else { &request.hypervisor_path };
         answer(H::capabilities(Path::new(path)).await)
     }

@@ -3,7 +3,7 @@
 use std::{
     env, fs, io,
     os::unix::net::UnixListener,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -12,7 +12,7 @@ use caisson_protocol::{
     address::GuestVsock,
     containerd::{
         api::{
-            CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, StartRequest,
+            CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, Mount, StartRequest,
             WaitRequest,
         },
         shim_async::TaskClient,
@@ -20,32 +20,28 @@ use caisson_protocol::{
     guest::CopyFileRequest,
     guest_ttrpc::GuestClient,
 };
-struct VsockBackend(Child);
-impl VsockBackend {
-    fn start(l: UnixListener, uds: &Path, cid: u64) -> io::Result<Self> {
-        let a = l.local_addr()?.as_pathname().unwrap().to_owned();
-        drop(l);
-        fs::remove_file(&a)?;
-        let mut c = Command::new("/tmp/agent-work/vsock-serve").arg(&a).arg(uds).arg(cid.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        io::Read::read(c.stdout.as_mut().unwrap(), &mut [0; 6])?;
-        Ok(Self(c))
-    }
-}
-impl Drop for VsockBackend {
-    fn drop(&mut self) { let _ = self.0.kill(); let _ = self.0.wait(); }
-}
+use caisson_vmm_launcher::vsock::VsockBackend;
 use protobuf::{MessageField, well_known_types::any::Any};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::{io::AsyncReadExt, task::JoinHandle, time::timeout};
+use tokio::{io::AsyncReadExt, sync::watch, task::JoinHandle, time::timeout};
 use ttrpc::context::{Context, with_duration};
 
 /// What QEMU needs on this machine to boot, and a container to end.
 const LIMIT: Duration = Duration::from_secs(60);
 
+const BUSYBOX: &str = "/bin/busybox";
+/// The names under which busybox is in a container.
+const APPLETS: [&str; 3] = ["busybox", "sh", "cat"];
+
 pub fn limit() -> Context {
     with_duration(LIMIT)
 }
+
+/// The guest's network device.
+pub const MAC: &str = "02:00:00:00:00:01";
+/// The guest's disk: an EROFS image with busybox in it.
+pub const DISK_SERIAL: &str = "layer-1";
 
 /// A running guest.
 pub struct Guest {
@@ -64,6 +60,7 @@ impl Guest {
         let dir = tempfile::tempdir().unwrap();
         let (socket, vhost_user) = (dir.path().join("v"), dir.path().join("u"));
         let backend = VsockBackend::start(UnixListener::bind(&vhost_user).unwrap(), &socket, 3).unwrap();
+        make_disk(dir.path()).unwrap();
         let vsock: GuestVsock = format!("hvsock:{}", socket.display()).parse().unwrap();
         let listener = vsock.listen_for_agent().unwrap();
         let qemu = qemu(Path::new(&images), &vhost_user, dir.path()).unwrap();
@@ -83,6 +80,19 @@ impl Guest {
 
     /// Waits until the machine has ended by itself.
     pub async fn ended(mut self) {
+        self.wait_for_end().await;
+    }
+
+    /// Hangs up, and waits until the machine has ended by itself.
+    pub async fn ended_without_host(mut self) {
+        // A connection lives as long as its clients.
+        let (near, _far) = tokio::net::UnixStream::pair().unwrap();
+        let client = ttrpc::asynchronous::Client::new(near.into());
+        (self.tasks, self.guest) = (TaskClient::new(client.clone()), GuestClient::new(client));
+        self.wait_for_end().await;
+    }
+
+    async fn wait_for_end(&mut self) {
         let mut qemu = std::mem::replace(&mut self.qemu, Command::new("true").spawn().unwrap());
         let ended = tokio::task::spawn_blocking(move || qemu.wait());
         timeout(LIMIT, ended).await.expect("the guest ends").unwrap().unwrap();
@@ -94,30 +104,65 @@ impl Guest {
         self.guest.copy_file(limit(), &request).await.unwrap();
     }
 
-    /// Makes container `id` from busybox and `config`, and waits for its call on each stream.
+    /// Makes container `id` from busybox and `config`, and listens to what it says.
     pub async fn create(&self, id: &str, config: &Value) -> Result<Task<'_>, ttrpc::Error> {
-        let bundle = self.bundle(id, config).await;
-        let terminal = config["process"]["terminal"] == true;
-        let (stdout, stderr) = (self.listen(), self.listen());
-        let request = CreateTaskRequest {
-            id: id.into(),
-            bundle,
-            terminal,
-            stdout: stdout.0.clone(),
-            stderr: if terminal { String::new() } else { stderr.0.clone() },
-            ..Default::default()
-        };
-        self.tasks.create(limit(), &request).await?;
-        Ok(Task { guest: self, id: id.into(), exec_id: String::new(), stdout: stdout.1, stderr: stderr.1 })
+        self.create_as(id, config, CreateTaskRequest::default()).await
     }
 
-    /// Writes the bundle of a busybox container.
-    pub async fn bundle(&self, id: &str, config: &Value) -> String {
+    /// The same, with an input that the test has.
+    pub async fn create_with_stdin(&self, id: &str, config: &Value, stdin: String) -> Result<Task<'_>, ttrpc::Error> {
+        self.create_as(id, config, CreateTaskRequest { stdin, ..Default::default() }).await
+    }
+
+    /// The same, with an output that the test reads itself.
+    pub async fn create_with_stdout(&self, id: &str, config: &Value, stdout: String) -> Result<Task<'_>, ttrpc::Error> {
+        self.create_as(id, config, CreateTaskRequest { stdout, ..Default::default() }).await
+    }
+
+    async fn create_as(
+        &self,
+        id: &str,
+        config: &Value,
+        mut request: CreateTaskRequest,
+    ) -> Result<Task<'_>, ttrpc::Error> {
+        let has_rootfs = !request.rootfs.is_empty();
+        request.bundle = self.bundle(id, config, !has_rootfs).await;
+        request.id = id.into();
+        request.terminal = config["process"]["terminal"] == true;
+        let (stdout, stderr) = (self.listen(), self.listen());
+        if request.stdout.is_empty() {
+            request.stdout = stdout.address.clone();
+        }
+        if !request.terminal {
+            request.stderr = stderr.address.clone();
+        }
+        self.tasks.create(limit(), &request).await?;
+        Ok(Task { guest: self, id: id.into(), exec_id: String::new(), stdout, stderr })
+    }
+
+    /// Runs a container on `rootfs` to its end.
+    pub async fn run_on(&self, id: &str, config: &Value, rootfs: Vec<Mount>) -> Outcome {
+        let request = CreateTaskRequest { rootfs, ..Default::default() };
+        let task = self.create_as(id, config, request).await.unwrap();
+        task.start().await.unwrap();
+        task.end().await
+    }
+
+    /// Waits until `task` has said `text`.
+    pub async fn until_heard(&self, task: &Task<'_>, text: &str) {
+        let mut heard = task.stdout.heard.subscribe();
+        let said = timeout(LIMIT, heard.wait_for(|heard| heard.contains(text))).await;
+        said.expect("the container says it").unwrap();
+    }
+
+    async fn bundle(&self, id: &str, config: &Value, with_busybox: bool) -> String {
         let bundle = format!("/run/caisson/bundles/{id}");
         self.write(&format!("{bundle}/config.json"), 0o644, config.to_string().as_bytes()).await;
-        let busybox = fs::read("/bin/busybox").unwrap();
-        for name in ["busybox", "sh", "cat", "sleep", "id", "ls", "stty"] {
-            self.write(&format!("{bundle}/rootfs/bin/{name}"), 0o755, &busybox).await;
+        if with_busybox {
+            let busybox = fs::read(BUSYBOX).unwrap();
+            for name in APPLETS {
+                self.write(&format!("{bundle}/rootfs/bin/{name}"), 0o755, &busybox).await;
+            }
         }
         bundle
     }
@@ -130,26 +175,33 @@ impl Guest {
             id: id.into(),
             exec_id: exec_id.into(),
             terminal,
-            stdout: stdout.0.clone(),
-            stderr: if terminal { String::new() } else { stderr.0.clone() },
+            stdout: stdout.address.clone(),
+            stderr: if terminal { String::new() } else { stderr.address.clone() },
             spec: MessageField::some(Any { value: process.to_string().into_bytes(), ..Default::default() }),
             ..Default::default()
         };
         self.tasks.exec(limit(), &request).await?;
-        Ok(Task { guest: self, id: id.into(), exec_id: exec_id.into(), stdout: stdout.1, stderr: stderr.1 })
+        Ok(Task { guest: self, id: id.into(), exec_id: exec_id.into(), stdout, stderr })
     }
 
-    /// An address for one stream of the guest, and what will be read from it.
-    pub fn listen(&self) -> (String, JoinHandle<String>) {
+    /// Listens to one stream of the guest.
+    fn listen(&self) -> Heard {
         let listener = self.vsock.listen_for_stream().unwrap();
         let address = listener.address().to_string();
-        let heard = tokio::spawn(async move {
+        let heard = watch::Sender::new(String::new());
+        let hearing = heard.clone();
+        let end = tokio::spawn(async move {
             let mut stream = listener.accept().await.unwrap().into_ttrpc();
-            let mut heard = Vec::new();
-            stream.read_to_end(&mut heard).await.unwrap();
-            String::from_utf8_lossy(&heard).into_owned()
+            let mut chunk = [0; 64 * 1024];
+            loop {
+                let count = stream.read(&mut chunk).await.unwrap();
+                if count == 0 {
+                    return;
+                }
+                hearing.send_modify(|heard| heard.push_str(&String::from_utf8_lossy(&chunk[..count])));
+            }
         });
-        (address, heard)
+        Heard { address, heard, end }
     }
 
     /// A listener for a stream that the test itself handles.
@@ -180,8 +232,23 @@ pub struct Task<'a> {
     guest: &'a Guest,
     pub id: String,
     pub exec_id: String,
-    stdout: JoinHandle<String>,
-    stderr: JoinHandle<String>,
+    stdout: Heard,
+    stderr: Heard,
+}
+
+/// What was said on one stream so far.
+struct Heard {
+    address: String,
+    heard: watch::Sender<String>,
+    end: JoinHandle<()>,
+}
+
+impl Heard {
+    /// All of it; a stream that nobody opened says nothing.
+    async fn whole(self) -> String {
+        let _ = timeout(Duration::from_secs(2), self.end).await;
+        self.heard.borrow().clone()
+    }
 }
 
 /// How a process ended, and what it said.
@@ -218,19 +285,26 @@ impl Task<'_> {
     pub async fn end(self) -> Outcome {
         let status = self.wait().await;
         assert_eq!(self.delete().await.unwrap().exit_status, status);
-        let heard = async |stream: JoinHandle<String>| match timeout(Duration::from_secs(2), stream).await {
-            Ok(heard) => heard.unwrap(),
-            Err(_) => String::new(),
-        };
-        Outcome { status, stdout: heard(self.stdout).await, stderr: heard(self.stderr).await }
+        Outcome { status, stdout: self.stdout.whole().await, stderr: self.stderr.whole().await }
     }
 }
 
 /// A configuration as containerd writes it for `ctr run`, with `args`.
 pub fn config(args: &[&str]) -> Value {
     let capabilities = json!([
-        "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID",
-        "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL",
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FSETID",
+        "CAP_FOWNER",
+        "CAP_MKNOD",
+        "CAP_NET_RAW",
+        "CAP_SETGID",
+        "CAP_SETUID",
+        "CAP_SETFCAP",
+        "CAP_SETPCAP",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_SYS_CHROOT",
+        "CAP_KILL",
         "CAP_AUDIT_WRITE"
     ]);
     json!({
@@ -280,23 +354,54 @@ pub fn script(script: &str) -> Value {
 }
 
 fn qemu(images: &Path, vhost_user: &Path, dir: &Path) -> io::Result<Child> {
+    // A guest that measures its clock against emulated timers gets it wrong on a busy machine.
+    let clock = format!("no_timer_check tsc=reliable tsc_early_khz={}", tsc_khz());
     Command::new("qemu-system-x86_64")
-        .args(["-M", "microvm,accel=tcg,acpi=on,rtc=on,isa-serial=on,memory-backend=mem0"])
-        .args(["-cpu", "max", "-smp", "1", "-m", "512M", "-no-reboot", "-nodefaults", "-no-user-config", "-nographic"])
+        .args(["-M", "microvm,acpi=on,rtc=on,isa-serial=on,memory-backend=mem0", "-accel", "tcg,thread=multi"])
+        .args(["-cpu", "max,la57=off", "-smp", "1", "-m", "512M"])
+        .args(["-no-reboot", "-nodefaults", "-no-user-config", "-nographic"])
         .args(["-object", "memory-backend-memfd,id=mem0,size=512M,share=on"])
         .args(["-global", "virtio-mmio.force-legacy=false"])
         .arg("-chardev")
         .arg(format!("socket,id=vs,path={}", vhost_user.display()))
         .args(["-device", "vhost-user-vsock-device,chardev=vs", "-device", "virtio-rng-device"])
+        .args(["-netdev", "user,id=net,restrict=on", "-device"])
+        .arg(format!("virtio-net-device,netdev=net,mac={MAC}"))
+        .arg("-blockdev")
+        .arg(format!("driver=raw,node-name=disk,read-only=on,file.driver=file,file.filename={}", disk(dir).display()))
+        .arg("-device")
+        .arg(format!("virtio-blk-device,drive=disk,serial={DISK_SERIAL}"))
         .arg("-kernel")
         .arg(images.join("vmlinux"))
         .arg("-initrd")
         .arg(images.join("initrd.img"))
-        .args(["-append", "console=ttyS0 quiet panic=-1 reboot=t caisson.log=debug caisson.console=1"])
+        .arg("-append")
+        .arg(format!("console=ttyS0 quiet panic=-1 reboot=t {clock} caisson.log=debug caisson.console=1"))
         .arg("-serial")
         .arg(format!("file:{}", dir.join("console").display()))
         .stdin(Stdio::null())
         .spawn()
+}
+
+fn disk(dir: &Path) -> PathBuf {
+    dir.join("disk")
+}
+
+fn make_disk(dir: &Path) -> io::Result<()> {
+    let root = dir.join("root/bin");
+    fs::create_dir_all(&root)?;
+    for name in APPLETS {
+        fs::copy(BUSYBOX, root.join(name))?;
+    }
+    let made = Command::new("mkfs.erofs").arg(disk(dir)).arg(dir.join("root")).stdout(Stdio::null()).status()?;
+    assert!(made.success());
+    Ok(())
+}
+
+fn tsc_khz() -> u64 {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap();
+    let mhz = text.lines().find_map(|line| line.strip_prefix("cpu MHz")).unwrap().trim_start_matches(['\t', ' ', ':']);
+    (mhz.parse::<f64>().unwrap() * 1000.0) as u64
 }
 
 fn console(dir: &Path) -> String {

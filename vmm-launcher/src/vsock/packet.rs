@@ -123,7 +123,7 @@ impl Header {
 }
 
 /// The guest memory of one descriptor chain, in order, however the driver cut it up: virtio 1.2
-/// §2.7.4.2 forbids a device to care.
+/// §2.7.4.1 forbids a device to care.
 pub struct Buffer<'a, B: BitmapSlice> {
     slices: Vec<VolatileSlice<'a, B>>,
     len: usize,

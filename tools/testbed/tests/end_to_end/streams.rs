@@ -21,8 +21,8 @@ fn output_arrives_on_the_stream_that_it_was_written_to() -> Result<()> {
 fn a_hundred_megabytes_of_output_arrive_complete_and_in_order() -> Result<()> {
     let containerd = Containerd::of_this_build()?;
     let script = format!(
-        "head -c {BLOCK} /dev/urandom > /tmp/block; sha256sum < /tmp/block >&2; \
-         i=100; while [ $i -lt 200 ]; do printf $i; cat /tmp/block; i=$((i + 1)); done; cat /tmp/block | sha256sum"
+        "head -c {BLOCK} /dev/urandom > /dev/shm/block; sha256sum < /dev/shm/block >&2; \
+         i=100; while [ $i -lt 200 ]; do printf $i; cat /dev/shm/block; i=$((i + 1)); done; cat /dev/shm/block | sha256sum"
     );
     let outcome = containerd.run(&[], &["sh", "-c", &script])?.success()?;
     let blocks: Vec<&[u8]> = outcome.stdout.chunks(BLOCK + 3).collect();

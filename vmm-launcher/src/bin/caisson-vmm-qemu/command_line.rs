@@ -7,6 +7,7 @@ use caisson_vmm_launcher::guest_vsock::GuestVsock;
 
 use crate::{
     accelerator::Accelerator,
+    hotplug,
     options::{MachineType, Options},
 };
 
@@ -48,6 +49,12 @@ impl CommandLine {
             line.push("-bios", MICROVM_FIRMWARE);
             line.push("-global", "virtio-mmio.force-legacy=false");
         }
+        if options.machine_type == MachineType::Q35 {
+            for slot in 0..options.hotplug_slots {
+                let bus = hotplug::bus(slot);
+                line.push("-device", format!("pcie-root-port,id={bus},chassis={},slot={slot}", slot as u16 + 1));
+            }
+        }
         let (accel, mut cpu) = match accelerator {
             Accelerator::Kvm => ("kvm", "host".to_owned()),
             Accelerator::Tcg => ("tcg,thread=multi", "max".to_owned()),
@@ -87,7 +94,7 @@ impl CommandLine {
 
     pub fn block(&mut self, id: &str, block: &Block) {
         let read_only = if block.read_only { "on" } else { "off" };
-        let driver = if is_device(&block.path) { "host_device" } else { "file" };
+        let driver = block_driver(&block.path);
         let file = escape(&block.path);
         self.push(
             "-blockdev",
@@ -172,9 +179,11 @@ fn escape(value: &str) -> String {
     value.replace(',', ",,")
 }
 
-fn is_device(path: &str) -> bool {
+/// QEMU's name for what `path` is.
+pub fn block_driver(path: &str) -> &'static str {
     use std::os::unix::fs::FileTypeExt;
-    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+    let is_device = std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device());
+    if is_device { "host_device" } else { "file" }
 }
 
 #[cfg(test)]

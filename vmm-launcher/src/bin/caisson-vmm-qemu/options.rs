@@ -11,11 +11,15 @@ pub struct Options {
     pub accel: Accel,
     pub cpu_features: String,
     pub seccomp_sandbox: String,
+    pub hotplug_slots: u8,
     pub extra_args: Vec<String>,
 }
 
 /// The fewest privileges that QEMU can do with when everything it needs is opened by name or inherited.
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// Each costs the guest a little time at boot.
+const HOTPLUG_SLOTS: u8 = 4;
 
 impl Default for Options {
     fn default() -> Self {
@@ -24,6 +28,7 @@ impl Default for Options {
             accel: Accel::default(),
             cpu_features: String::new(),
             seccomp_sandbox: SANDBOX.into(),
+            hotplug_slots: HOTPLUG_SLOTS,
             extra_args: Vec::new(),
         }
     }
@@ -71,6 +76,12 @@ pub const DOCS: &[OptionDoc] = &[
         kind: "string",
         accepted: &[],
         doc: "QEMU's -sandbox argument, which keeps QEMU from system calls that it does not need; \"off\" allows all.",
+    },
+    OptionDoc {
+        key: "hotplug_slots",
+        kind: "integer",
+        accepted: &[],
+        doc: "How many devices q35 can take while it runs, 0 to 255; microvm takes none.",
     },
     OptionDoc {
         key: "extra_args",

@@ -31,14 +31,17 @@ use tracing::{debug, info};
 use crate::{
     accelerator,
     command_line::CommandLine,
+    hotplug::Slots,
     kernel_params::kernel_params,
-    options::{DOCS, Options},
+    options::{DOCS, MachineType, Options},
     qmp::Qmp,
 };
 
 /// QEMU is ready in a tenth of a second, unless the host is very busy.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
+/// A helper ends when QEMU closes its connection, and that is shortly before QEMU itself has ended.
+const HELPER_AFTER_QEMU: Duration = Duration::from_secs(1);
 /// One local interrupt controller each, without x2APIC.
 const MAX_VCPUS: u32 = 255;
 /// The image is the first disk.
@@ -53,6 +56,7 @@ pub struct Qemu {
     qmp: Qmp,
     console: Console,
     helpers: Mutex<Helpers>,
+    slots: Slots,
     memory_mib: u64,
     vcpus: u32,
 }
@@ -79,7 +83,7 @@ impl Hypervisor for Qemu {
         Ok(CapabilitiesResponse {
             version,
             devices: words(&["block", "net", "vsock", "fs", "balloon", "rng", "console"]),
-            hotplug: Vec::new(),
+            hotplug: hotplug_kinds(Options::default().machine_type),
             operations: words(&["pause"]),
             accelerator: accelerator.name().into(),
             accelerator_reason: why,
@@ -98,7 +102,7 @@ impl Hypervisor for Qemu {
 
         let shared_memory = vm.devices.iter().any(|device| matches!(device.kind, Some(Kind::Fs(_) | Kind::Vsock(_))));
         let mut line = CommandLine::new(vm, &options, accelerator, shared_memory);
-        line.kernel(vm, kernel_params(vm, accelerator, clock.khz_since()));
+        line.kernel(vm, kernel_params(vm, options.machine_type, accelerator, clock.khz_since()));
         let (qmp, socket) = Qmp::pair().map_err(Error::host("make QEMU's socket pair"))?;
         line.monitor(socket);
         let (console, socket) = Console::open(console_log(&vm.devices), audience)?;
@@ -112,13 +116,14 @@ impl Hypervisor for Qemu {
             let address = add(device, Path::new(&request.run_dir), &mut line, &mut helpers)?;
             devices.push(GuestDevice { id: device.id.clone(), address, ..Default::default() });
         }
-        line.arguments.extend(options.extra_args);
+        line.arguments.extend(options.extra_args.iter().cloned());
 
         debug!(arguments = ?line.arguments, "starting QEMU");
         let spawned = Instant::now();
         let process = Process::start(Path::new(&vm.hypervisor_path), &line.arguments, line.descriptors)?;
+        let slots = Slots::new(options.machine_type, options.hotplug_slots);
         let (memory_mib, vcpus, helpers) = (vm.memory_mib, vm.vcpus, Mutex::new(helpers));
-        let qemu = Self { process, qmp, console, helpers, memory_mib, vcpus };
+        let qemu = Self { process, qmp, console, helpers, slots, memory_mib, vcpus };
         qemu.ready().await?;
         info!(prepare = ?spawned - started, start = ?spawned.elapsed(), "QEMU started");
         Ok(Created { hypervisor: qemu, devices })
@@ -140,6 +145,15 @@ impl Hypervisor for Qemu {
         self.qmp.execute("cont", json!({})).await.map(drop)
     }
 
+    async fn attach(&self, device: &Device) -> Result<GuestDevice> {
+        let address = self.slots.attach(device, &self.qmp).await?;
+        Ok(GuestDevice { id: device.id.clone(), address, ..Default::default() })
+    }
+
+    async fn detach(&self, id: &str) -> Result<()> {
+        self.slots.detach(id, &self.qmp).await
+    }
+
     fn kill(&self) {
         self.process.kill();
     }
@@ -148,10 +162,13 @@ impl Hypervisor for Qemu {
         let helpers = std::mem::take(&mut *self.helpers.lock().expect("nobody panics with the helpers"));
         let (ended, helper) = tokio::select! {
             ended = self.process.ended() => (ended, None),
-            // A guest whose file system is gone hangs.
-            helper = any_ended(&helpers.file_servers) => {
-                self.process.kill();
-                (self.process.ended().await, Some(helper))
+            // It ends when QEMU does, and may be heard of first. Without QEMU's end, a guest whose file system is gone hangs.
+            helper = any_ended(&helpers.file_servers) => match timeout(HELPER_AFTER_QEMU, self.process.ended()).await {
+                Ok(ended) => (ended, None),
+                Err(_) => {
+                    self.process.kill();
+                    (self.process.ended().await, Some(helper))
+                }
             }
         };
         self.console.drained().await;
@@ -188,7 +205,8 @@ impl Hypervisor for Qemu {
 impl Qemu {
     /// Waits until QEMU answers; whatever ends before is the reason why it does not.
     async fn ready(&self) -> Result<()> {
-        let file_servers = std::mem::take(&mut self.helpers.lock().expect("nobody panics with the helpers").file_servers);
+        let file_servers =
+            std::mem::take(&mut self.helpers.lock().expect("nobody panics with the helpers").file_servers);
         let ready = async {
             tokio::select! {
                 // A helper that died explains a QEMU that died of it.
@@ -218,7 +236,8 @@ impl Qemu {
         let reason = reason.as_deref().unwrap_or_default();
         if self.console.panicked() || reason == "guest-panic" {
             let tail = self.console.tail();
-            let words = tail.lines().rev().find_map(|line| line.split_once("Kernel panic - ")).map_or("", |(_, words)| words);
+            let words =
+                tail.lines().rev().find_map(|line| line.split_once("Kernel panic - ")).map_or("", |(_, words)| words);
             return (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}"));
         }
         if ended.status.success() && reason != "host-signal" {
@@ -289,6 +308,14 @@ fn add(device: &Device, run_dir: &Path, line: &mut CommandLine, helpers: &mut He
         other => {
             Err(Error::Unsupported(format!("a {} device is not supported with QEMU yet", request::kind_name(other))))
         }
+    }
+}
+
+/// The kinds of device that a machine takes while it runs.
+fn hotplug_kinds(machine_type: MachineType) -> Vec<String> {
+    match machine_type {
+        MachineType::Microvm => Vec::new(),
+        MachineType::Q35 => vec!["block".into(), "net".into()],
     }
 }
 

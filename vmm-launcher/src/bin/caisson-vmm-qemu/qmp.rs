@@ -148,7 +148,8 @@ impl Shared {
         if message.get("QMP").is_some() {
             self.greeting.send_replace(true);
         } else if let Some(id) = message.get("id").and_then(Value::as_u64) {
-            let waiting = self.waiting.lock().expect("no caller panics").as_mut().and_then(|waiting| waiting.remove(&id));
+            let waiting =
+                self.waiting.lock().expect("no caller panics").as_mut().and_then(|waiting| waiting.remove(&id));
             let answer = match message.get("error") {
                 Some(error) => Err(error["desc"].as_str().unwrap_or("it failed and does not say why").to_owned()),
                 None => Ok(message["return"].take()),

@@ -1,0 +1,199 @@
+//! Devices that come and go while the VM runs: each takes one of q35's PCI Express slots, `docs/pcie.txt` of QEMU.
+//!
+//! It keeps no state of the VM; what it remembers is which slot has which device.
+
+use std::{collections::HashMap, sync::Mutex, time::Duration};
+
+use caisson_protocol::vmm::{Device, device::Kind};
+use caisson_vmm_launcher::{Error, Result, request};
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use crate::{command_line::block_driver, options::MachineType, qmp::Qmp};
+
+/// A guest without a working driver never lets go of a device.
+const DETACH_DEADLINE: Duration = Duration::from_secs(20);
+
+/// The slots of one VM.
+#[derive(Debug)]
+pub struct Slots {
+    machine_type: MachineType,
+    devices: Mutex<Devices>,
+}
+
+#[derive(Debug)]
+struct Devices {
+    free: Vec<u8>,
+    attached: HashMap<String, Attached>,
+}
+
+#[derive(Clone, Debug)]
+struct Attached {
+    slot: u8,
+    /// How QEMU forgets the host's side of the device.
+    forget: (&'static str, Value),
+}
+
+/// The slot's name as a bus.
+pub fn bus(slot: u8) -> String {
+    format!("slot-{slot}")
+}
+
+impl Slots {
+    /// `count` empty slots.
+    pub fn new(machine_type: MachineType, count: u8) -> Self {
+        Self {
+            machine_type,
+            devices: Mutex::new(Devices { free: (0..count).rev().collect(), attached: HashMap::new() }),
+        }
+    }
+
+    /// Adds `device`, and answers where the guest finds it.
+    pub async fn attach(&self, device: &Device, qmp: &Qmp) -> Result<String> {
+        let id = device.id.as_str();
+        let (host, forget, driver, properties, address) = match request::kind(device)? {
+            Kind::Block(block) => {
+                let node = format!("disk-{id}");
+                let file = json!({ "driver": block_driver(&block.path), "filename": block.path });
+                let host = json!({ "driver": "raw", "node-name": node, "read-only": block.read_only, "file": file });
+                (
+                    ("blockdev-add", host),
+                    ("blockdev-del", json!({ "node-name": node })),
+                    "virtio-blk-pci",
+                    json!({ "drive": node, "serial": id }),
+                    format!("serial:{id}"),
+                )
+            }
+            Kind::Net(net) => {
+                let netdev = format!("net-{id}");
+                let host =
+                    json!({ "type": "tap", "id": netdev, "ifname": net.tap, "script": "no", "downscript": "no" });
+                (
+                    ("netdev_add", host),
+                    ("netdev_del", json!({ "id": netdev })),
+                    "virtio-net-pci",
+                    json!({ "netdev": netdev, "mac": net.mac, "romfile": "" }),
+                    String::new(),
+                )
+            }
+            other => {
+                let kind = request::kind_name(other);
+                return Err(Error::Unsupported(format!("attaching a {kind} device is not supported with qemu")));
+            }
+        };
+        let slot = self.take(id, &forget)?;
+        let mut arguments = properties;
+        arguments["driver"] = driver.into();
+        arguments["id"] = id.into();
+        arguments["bus"] = bus(slot).into();
+        let attached = async {
+            qmp.execute(host.0, host.1).await?;
+            if let Err(error) = qmp.execute("device_add", arguments).await {
+                qmp.execute(forget.0, forget.1).await?;
+                return Err(error);
+            }
+            Ok(address)
+        };
+        let attached = attached.await;
+        if attached.is_err() {
+            self.give_back(id);
+        }
+        attached
+    }
+
+    /// Takes the device away that was attached as `id`, once the guest has let go of it.
+    pub async fn detach(&self, id: &str, qmp: &Qmp) -> Result<()> {
+        let attached = self.devices.lock().expect("nobody panics with the slots").attached.get(id).cloned();
+        let attached = attached.ok_or_else(|| {
+            Error::Invalid(format!("no device was attached as \"{}\" while the VM ran", id.escape_debug()))
+        })?;
+        let mut events = qmp.events();
+        qmp.execute("device_del", json!({ "id": id })).await?;
+        let gone = async {
+            loop {
+                match events.recv().await {
+                    Ok(event) if event["event"] == "DEVICE_DELETED" && event["data"]["device"] == id => return true,
+                    Ok(event) if event["event"] == "DEVICE_UNPLUG_GUEST_ERROR" && event["data"]["device"] == id => {
+                        return false;
+                    }
+                    Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(tokio::sync::broadcast::error::RecvError::Closed) => return false,
+                }
+            }
+        };
+        match timeout(DETACH_DEADLINE, gone).await {
+            Ok(true) => {}
+            Ok(false) => return Err(Error::Hypervisor(format!("the guest does not let go of device \"{id}\""))),
+            Err(_) => {
+                let seconds = DETACH_DEADLINE.as_secs();
+                return Err(Error::Hypervisor(format!(
+                    "the guest did not let go of device \"{id}\" within {seconds} s"
+                )));
+            }
+        }
+        qmp.execute(attached.forget.0, attached.forget.1).await?;
+        self.give_back(id);
+        Ok(())
+    }
+
+    fn take(&self, id: &str, forget: &(&'static str, Value)) -> Result<u8> {
+        if self.machine_type == MachineType::Microvm {
+            return Err(Error::Unsupported(
+                "QEMU's microvm takes no devices while it runs; machine_type = \"q35\" does".into(),
+            ));
+        }
+        let devices = &mut *self.devices.lock().expect("nobody panics with the slots");
+        if devices.attached.contains_key(id) {
+            return Err(Error::Invalid(format!("a device is attached as \"{id}\" already")));
+        }
+        let slot = devices.free.pop().ok_or_else(|| {
+            Error::Invalid("every slot has a device: detach one, or raise hotplug_slots in the configuration".into())
+        })?;
+        devices.attached.insert(id.to_owned(), Attached { slot, forget: forget.clone() });
+        Ok(slot)
+    }
+
+    fn give_back(&self, id: &str) {
+        let devices = &mut *self.devices.lock().expect("nobody panics with the slots");
+        if let Some(attached) = devices.attached.remove(id) {
+            devices.free.push(attached.slot);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn forget() -> (&'static str, Value) {
+        ("blockdev-del", json!({}))
+    }
+
+    #[test]
+    fn a_full_machine_names_the_key_to_raise() {
+        let slots = Slots::new(MachineType::Q35, 1);
+        slots.take("a", &forget()).unwrap();
+        assert!(slots.take("b", &forget()).unwrap_err().to_string().contains("hotplug_slots"));
+    }
+
+    #[test]
+    fn a_slot_that_is_given_back_can_be_taken_again() {
+        let slots = Slots::new(MachineType::Q35, 1);
+        slots.take("a", &forget()).unwrap();
+        slots.give_back("a");
+        assert_eq!(slots.take("b", &forget()).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_name_cannot_be_attached_twice() {
+        let slots = Slots::new(MachineType::Q35, 2);
+        slots.take("a", &forget()).unwrap();
+        assert_eq!(slots.take("a", &forget()).unwrap_err().to_string(), "a device is attached as \"a\" already");
+    }
+
+    #[test]
+    fn microvm_names_the_machine_that_can() {
+        let slots = Slots::new(MachineType::Microvm, 0);
+        assert!(matches!(slots.take("a", &forget()), Err(Error::Unsupported(why)) if why.contains("q35")));
+    }
+}
