@@ -16,6 +16,7 @@ mod error;
 mod events;
 mod files;
 mod guest_service;
+mod home;
 mod host;
 mod launch;
 mod machine;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
 /// The guest's whole life.
 fn run_guest() {
     let kernel_time = boot::since_start();
+    sys::return_large_buffers();
     let parameters = match boot::prepare() {
         Ok(parameters) => parameters,
         Err(error) => return fail(Parameters::read(), &error),

@@ -37,6 +37,7 @@ use oci_spec::runtime::Spec;
 use tracing::level_filters::LevelFilter;
 
 use crate::{
+    home,
     launch::{Answer, Kind, Order},
     program::Program,
     spec, sys,
@@ -74,7 +75,7 @@ fn obey(control: &mut BufReader<UnixStream>, console: OwnedFd) -> Result<Answer,
 
     // What happens when the process fails after its gate: nobody reads it, but libcontainer writes it.
     let (_unread, failure) = pipe2(OFlag::O_CLOEXEC)?;
-    let (container_type, spec) = match &order.kind {
+    let (container_type, mut spec) = match &order.kind {
         Kind::Init => (ContainerType::InitContainer, spec::of_container(config)?),
         Kind::Exec { init, process } => (
             ContainerType::TenantContainer { exec_notify_fd: failure.as_raw_fd() },
@@ -87,6 +88,14 @@ fn obey(control: &mut BufReader<UnixStream>, console: OwnedFd) -> Result<Answer,
     let root = spec.root().as_ref().ok_or("config.json has no root")?.path();
     let rootfs = fs::canonicalize(order.bundle.join(root))
         .map_err(|error| format!("find the root file system {}: {error}", order.bundle.join(root).display()))?;
+    if let Some(mut process) = spec.process().clone() {
+        let inside = match order.kind {
+            Kind::Init => rootfs.clone(),
+            Kind::Exec { init, .. } => format!("/proc/{init}/root").into(),
+        };
+        home::add(&mut process, &inside);
+        spec.set_process(Some(process));
+    }
     let directory = order.gate.parent().ok_or("the gate is in no directory")?;
     let container = Container::new(&order.id, ContainerStatus::Creating, None, &order.bundle, directory)?;
     chdir("/")?;

@@ -84,6 +84,7 @@ mod tests {
     use super::*;
     use std::process::Command;
 
+    #[expect(clippy::zombie_processes, reason = "the reaper is there to wait")]
     async fn end_of(script: &str) -> u32 {
         let reaper = Reaper::start().unwrap();
         let child = Command::new("sh").args(["-c", script]).spawn().unwrap();

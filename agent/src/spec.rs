@@ -26,7 +26,7 @@ pub enum SpecError {
 /// When `config` lacks `linux` or `process`.
 pub fn of_container(mut config: Spec) -> Result<Spec, SpecError> {
     let mut process = config.process().clone().ok_or(SpecError::Missing("process"))?;
-    forget_host_labels(&mut process);
+    adapt(&mut process);
     let mut linux = config.linux().clone().ok_or(SpecError::Missing("linux"))?;
     linux.set_namespaces(Some(namespaces(linux.namespaces().clone().unwrap_or_default())?));
     linux.set_resources(linux.resources().clone().map(guest_resources));
@@ -41,7 +41,7 @@ pub fn of_container(mut config: Spec) -> Result<Spec, SpecError> {
 /// # Errors
 /// As for [`of_container`].
 pub fn of_exec(config: Spec, init: i32, mut process: Process) -> Result<Spec, SpecError> {
-    forget_host_labels(&mut process);
+    adapt(&mut process);
     let mut spec = of_container(config)?;
     let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux"))?;
     let joined = linux.namespaces().iter().flatten().map(|namespace| {
@@ -78,8 +78,12 @@ fn namespaces(mut listed: Vec<LinuxNamespace>) -> Result<Vec<LinuxNamespace>, Sp
     Ok(listed)
 }
 
-fn forget_host_labels(process: &mut Process) {
+fn adapt(process: &mut Process) {
     process.set_apparmor_profile(None).set_selinux_label(None);
+    // libcontainer takes a `false` for a wish, and would load the seccomp filter when it no longer may.
+    if process.no_new_privileges() == Some(false) {
+        process.set_no_new_privileges(None);
+    }
 }
 
 fn file_of(kind: LinuxNamespaceType) -> &'static str {

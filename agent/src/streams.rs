@@ -192,7 +192,7 @@ mod tests {
         let connections = Connections::dial(&address(&input), &address(&output), "").await.unwrap();
         let (ends, _streams) = connections.into_pipes().unwrap();
 
-        Command::new("cat").stdin(ends.stdin).stdout(ends.stdout).stderr(ends.stderr).spawn().unwrap();
+        let mut cat = Command::new("cat").stdin(ends.stdin).stdout(ends.stdout).stderr(ends.stderr).spawn().unwrap();
 
         let (mut stdin, mut stdout) = (stdin.accept().await.unwrap().0, stdout.accept().await.unwrap().0);
         stdin.write_all(b"hello").await.unwrap();
@@ -200,6 +200,7 @@ mod tests {
         let mut heard = String::new();
         stdout.read_to_string(&mut heard).await.unwrap();
         assert_eq!(heard, "hello");
+        assert!(cat.wait().unwrap().success());
     }
 
     #[tokio::test]

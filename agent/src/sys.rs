@@ -42,6 +42,16 @@ pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Has the allocator give large buffers back to the kernel when they are freed, always: left alone, glibc keeps the
+/// memory of the largest request that it has seen.
+pub fn return_large_buffers() {
+    const LARGE: nix::libc::c_int = 64 * 1024;
+    // SAFETY: the call changes two numbers of the allocator, which no other thread uses yet.
+    unsafe { nix::libc::mallopt(nix::libc::M_MMAP_THRESHOLD, LARGE) };
+    // SAFETY: as above.
+    unsafe { nix::libc::mallopt(nix::libc::M_TRIM_THRESHOLD, LARGE) };
+}
+
 /// Gives SIGPIPE back the meaning that programs expect: Rust's runtime ignores it, and `execve(2)` keeps that.
 pub fn restore_sigpipe() -> io::Result<()> {
     // SAFETY: SIG_DFL runs no code of ours.

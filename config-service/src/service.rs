@@ -8,7 +8,9 @@ use std::{
 
 use async_trait::async_trait;
 use caisson_protocol::{
-    config::{CheckRequest, CheckResponse, ResolveRequest, ResolveResponse, Setting, ShowRequest, ShowResponse},
+    config::{
+        CheckRequest, CheckResponse, ResolveRequest, ResolveResponse, SandboxConfig, Setting, ShowRequest, ShowResponse,
+    },
     config_ttrpc::{Config, create_config},
     status::{Code, Status},
 };
@@ -61,8 +63,11 @@ impl Config for ConfigService {
     async fn resolve(&self, _: &TtrpcContext, request: ResolveRequest) -> ttrpc::Result<ResolveResponse> {
         let arrived = Instant::now();
         let requested = requested(&request.config_path);
-        let in_force = self.configurations.lock().await.in_force(requested.as_deref(), arrived).await;
-        let config = MessageField::some(in_force.map_err(status)?.config.clone());
+        let mut configurations = self.configurations.lock().await;
+        let in_force = configurations.in_force(requested.as_deref(), arrived).await.map_err(status)?;
+        // The same look at the files: nothing is read again.
+        let warnings = configurations.problems(requested.as_deref(), arrived).await;
+        let config = MessageField::some(SandboxConfig { warnings, ..in_force.config.clone() });
         Ok(ResolveResponse { config, ..Default::default() })
     }
 

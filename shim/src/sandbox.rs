@@ -142,6 +142,9 @@ impl Sandbox {
             _ = stop.wait_for(|stop| *stop) => return Err(Error::Stopped),
         };
         let config = config.map_err(|error| Error::Remote { context: String::new(), status: error.into() })?;
+        for warning in &config.warnings {
+            warn!(file = config.origin, %warning, "an older state of the configuration is in force");
+        }
         stages.end("config");
         let needs = Needs {
             hostname: bundle.spec.hostname().clone().unwrap_or_else(|| self.id.to_string()),

@@ -20,12 +20,17 @@ impl Stages {
 
     /// The stage `name` ends and the next begins.
     pub fn end(&mut self, name: &str) {
-        let elapsed = self.last.elapsed();
-        self.last = Instant::now();
+        let elapsed = self.lap();
         self.add(name, elapsed);
     }
 
-    /// A stage that was measured elsewhere.
+    /// A stage ends whose name, or whose parts, are known later.
+    pub fn lap(&mut self) -> Duration {
+        let now = Instant::now();
+        now.duration_since(std::mem::replace(&mut self.last, now))
+    }
+
+    /// A stage that was measured before, or elsewhere.
     pub fn add(&mut self, name: &str, duration: Duration) {
         let space = if self.text.is_empty() { "" } else { " " };
         let _ = write!(self.text, "{space}{name}={:.1}", duration.as_secs_f64() * 1000.0);

@@ -33,6 +33,8 @@ use crate::{
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
 
 const VSOCK_DEVICE: &str = "vsock";
+/// What an error quotes of the guest's console.
+const QUOTED_LINES: usize = 8;
 
 /// A virtual machine whose agent answers.
 pub struct Vm {
@@ -136,7 +138,7 @@ async fn boot_guest(
     stages: &mut Stages,
 ) -> Result<Ready> {
     let limits = config.timeouts.clone().unwrap_or_default();
-    let hypervisor = config.hypervisor.clone();
+    let (hypervisor, origin) = (config.hypervisor.clone(), config.origin.clone());
     let request = create_request(config, needs, dir);
     let created = launcher
         .client
@@ -156,15 +158,19 @@ async fn boot_guest(
 
     let boot = launcher.client.boot(deadline(REQUEST_DEADLINE), &vmm::BootRequest::new()).await;
     boot.map_err(Error::remote("let the virtual machine run"))?;
-    let client = wait_for_agent(launcher, &agent, millis(limits.boot_ms)).await?;
-    stages.end("boot");
+    let client = wait_for_agent(launcher, &agent, millis(limits.boot_ms), &origin).await?;
+    let boot = stages.lap();
 
     let setup =
         GuestClient::new(client.clone()).setup(deadline(millis(limits.request_ms)), &setup_request(needs)).await;
     let info = setup.map_err(Error::remote("set the guest up"))?.info.unwrap_or_default();
-    stages.end("setup");
-    stages.add("of_boot_kernel", Duration::from_nanos(info.kernel_ns));
-    stages.add("of_boot_agent", Duration::from_nanos(info.agent_ns));
+    let setup = stages.lap();
+    // The guest's own clocks, which begin when its kernel first reads the time.
+    let (kernel, agent) = (Duration::from_nanos(info.kernel_ns), Duration::from_nanos(info.agent_ns));
+    stages.add("vmm_to_kernel_clock", boot.saturating_sub(kernel.saturating_add(agent)));
+    stages.add("kernel", kernel);
+    stages.add("agent", agent);
+    stages.add("setup", setup);
     info!(kernel = %info.kernel_release.escape_debug(), agent = %info.agent_version.escape_debug(), "guest ready");
     Ok(Ready { pid: created.pid, vsock, client })
 }
@@ -174,7 +180,7 @@ fn millis(value: u32) -> Duration {
 }
 
 /// Waits for the agent's call, the end of the VM or the deadline, whichever comes first.
-async fn wait_for_agent(launcher: &Launcher, agent: &GuestListener, limit: Duration) -> Result<Client> {
+async fn wait_for_agent(launcher: &Launcher, agent: &GuestListener, limit: Duration, origin: &str) -> Result<Client> {
     let call_or_end = async {
         tokio::select! {
             call = agent.accept() => Ok(call),
@@ -184,14 +190,15 @@ async fn wait_for_agent(launcher: &Launcher, agent: &GuestListener, limit: Durat
     match timeout(limit, call_or_end).await {
         Ok(Ok(call)) => Ok(Client::new(call.map_err(Error::host("take the agent's call"))?.into_ttrpc())),
         Ok(Err(end)) => Err(Error::Boot(format!(
-            "the guest ended before its agent was ready: {}{}",
+            "the guest ended before its agent was ready: {}; check kernel, initrd or image, and memory in {origin}{}",
             end.detail,
             quoted(&end.console_tail)
         ))),
         Err(_) => {
             let state = launcher.client.state(deadline(REQUEST_DEADLINE), &vmm::StateRequest::new()).await;
             Err(Error::Boot(format!(
-                "the guest's agent did not answer within {} s; check the initrd or image, or raise boot_timeout_ms{}",
+                "the guest's agent did not answer within {} s; check the initrd or image in {origin}, or raise its \
+                 boot_timeout_ms{}",
                 limit.as_secs_f32(),
                 quoted(&state.unwrap_or_default().console_tail),
             )))
@@ -210,10 +217,15 @@ async fn wait_for_end(launcher: &Launcher) -> WaitResponse {
     }
 }
 
-/// The guest's last words, for the end of a sentence.
+/// The guest's last words, for the end of a sentence. What a panic says is before its trace.
 fn quoted(console: &str) -> String {
-    let tail = console.trim();
-    if tail.is_empty() { "; the console is empty".into() } else { format!("; the console's last lines:\n{tail}") }
+    let lines: Vec<&str> = console.trim().lines().collect();
+    let end = lines.iter().position(|line| line.contains("Kernel panic")).map_or(lines.len(), |panic| panic + 1);
+    let start = end.saturating_sub(QUOTED_LINES);
+    match &lines[start..end] {
+        [] => "; the console is empty".into(),
+        last => format!("; the console's last lines:\n{}", last.join("\n")),
+    }
 }
 
 fn create_request(config: SandboxConfig, needs: &Needs, dir: &SandboxDir) -> CreateRequest {
@@ -286,4 +298,29 @@ pub fn prepare_shared(dir: &SandboxDir) -> Result<()> {
     let shared = dir.shared();
     fs::create_dir_all(&shared).map_err(Error::host(format!("make {}", shared.display())))?;
     make_shared(&shared).map_err(Error::host(format!("share {}", shared.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_quoted_without_its_trace() {
+        let console = "[0.1] no root\n[0.2] Kernel panic - not syncing: VFS\n[0.3] Call Trace:\n[0.4] panic+0x1\n";
+        assert_eq!(
+            quoted(console),
+            "; the console's last lines:\n[0.1] no root\n[0.2] Kernel panic - not syncing: VFS"
+        );
+    }
+
+    #[test]
+    fn only_the_last_lines_are_quoted() {
+        let console: String = (0..100).map(|line| format!("line {line}\n")).collect();
+        assert!(quoted(&console).starts_with("; the console's last lines:\nline 92\n"), "{}", quoted(&console));
+    }
+
+    #[test]
+    fn a_silent_guest_is_said_to_be_silent() {
+        assert_eq!(quoted("\n"), "; the console is empty");
+    }
 }

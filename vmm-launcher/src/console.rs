@@ -1,4 +1,4 @@
-//! The guest's serial console: a bounded log file, the last lines for errors, and whether the kernel panicked.
+//! The guest's serial console: a bounded log file, the last lines for errors, and why the kernel panicked.
 //!
 //! The guest is hostile: it may write without end. Two files of [`LOG_BYTES`] hold what it wrote last.
 
@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -25,12 +25,17 @@ use tokio::{
 };
 use tracing::warn;
 
-use crate::{Error, Result, tail::Tail};
+use crate::{
+    Error, Result,
+    tail::{Tail, plain},
+};
 
 /// Size of the log file, and of the older one beside it.
 pub const LOG_BYTES: u64 = 1 << 20;
 /// What Linux writes when it gives up, `kernel/panic.c`; `quiet` does not hide it.
-const PANIC: &[u8] = b"Kernel panic - not syncing";
+const PANIC: &str = "Kernel panic - not syncing: ";
+/// Longer lines are looked at in pieces.
+const MAX_LINE: usize = 512;
 /// How long the rest of the output may take to arrive after the hypervisor has ended.
 const DRAIN: Duration = Duration::from_secs(1);
 /// Ends the VM when typed at a terminal: Ctrl-].
@@ -57,7 +62,7 @@ pub struct Console {
 struct Heard {
     tail: Mutex<Tail>,
     bytes: AtomicU64,
-    panicked: AtomicBool,
+    panic: Mutex<Option<String>>,
 }
 
 impl Console {
@@ -97,9 +102,9 @@ impl Console {
         self.heard.bytes.load(Ordering::Relaxed)
     }
 
-    /// Whether the guest's kernel said that it panicked.
-    pub fn panicked(&self) -> bool {
-        self.heard.panicked.load(Ordering::Relaxed)
+    /// Why the guest's kernel panicked, in its own words, if it did.
+    pub fn panic(&self) -> Option<String> {
+        self.heard.panic.lock().expect("no listener panics").clone()
     }
 
     /// Answers when everything was heard that an ended hypervisor left behind.
@@ -122,12 +127,12 @@ impl Console {
 impl Heard {
     async fn follow(&self, mut output: impl AsyncRead + Unpin, mut log: Option<Log>, audience: Audience) {
         let mut buffer = [0; 4096];
-        let mut before = Vec::new();
+        let mut line = Vec::new();
         while let Ok(count @ 1..) = output.read(&mut buffer).await {
             let chunk = &buffer[..count];
             self.bytes.fetch_add(count as u64, Ordering::Relaxed);
             self.tail.lock().expect("no reader panics").push(chunk);
-            self.look_for_panic(&mut before, chunk);
+            self.look_for_panic(&mut line, chunk);
             if let Some(Err(error)) = log.as_mut().map(|log| log.write(chunk)) {
                 warn!(%error, "the console's log cannot be written and ends here");
                 log = None;
@@ -140,13 +145,17 @@ impl Heard {
         }
     }
 
-    /// `before` carries the end of the output so far, because the message may come in pieces.
-    fn look_for_panic(&self, before: &mut Vec<u8>, chunk: &[u8]) {
-        before.extend_from_slice(chunk);
-        if before.windows(PANIC.len()).any(|window| window == PANIC) {
-            self.panicked.store(true, Ordering::Relaxed);
+    /// `line` carries the beginning of the last line, because chunks end anywhere.
+    fn look_for_panic(&self, line: &mut Vec<u8>, chunk: &[u8]) {
+        for piece in chunk.split_inclusive(|byte| *byte == b'\n') {
+            line.extend_from_slice(piece);
+            if let Some((_, words)) = String::from_utf8_lossy(line).split_once(PANIC) {
+                *self.panic.lock().expect("no reader panics") = Some(plain(words).trim().to_owned());
+            }
+            if line.ends_with(b"\n") || line.len() > MAX_LINE {
+                line.clear();
+            }
         }
-        before.drain(..before.len().saturating_sub(PANIC.len()));
     }
 }
 
@@ -246,13 +255,13 @@ mod tests {
     #[tokio::test]
     async fn a_panic_is_recognised_although_it_comes_in_pieces() {
         let console = hear(None, &[b"[ 0.5] Kernel pan", b"ic - not syncing: no init\n"]).await;
-        assert!(console.panicked());
+        assert_eq!(console.panic().as_deref(), Some("no init"));
     }
 
     #[tokio::test]
     async fn ordinary_output_is_no_panic() {
         let console = hear(None, &[b"panic is not what happens here\n"]).await;
-        assert!(!console.panicked());
+        assert_eq!(console.panic(), None);
     }
 
     #[test]

@@ -41,7 +41,8 @@ pub fn describe<T: Serialize + Default>(docs: &[OptionDoc]) -> Value {
 fn one_line(text: &str) -> String {
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let place = lines.next().unwrap_or_default();
-    match lines.filter(|line| !line.starts_with('|') && !line.starts_with(|c: char| c.is_ascii_digit())).last() {
+    let drawing = |line: &&str| line.starts_with('|') || line.starts_with(|first: char| first.is_ascii_digit());
+    match lines.rfind(|line| !drawing(line)) {
         Some(reason) => format!("{reason} ({place})"),
         None => place.to_owned(),
     }

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use command_fds::CommandFdExt;
@@ -13,6 +14,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt},
     process::{Child, Command},
     sync::{mpsc, watch},
+    time::timeout,
 };
 
 use crate::{Error, Result, sys, tail::Tail};
@@ -56,10 +58,7 @@ impl Process {
             let status = wait(&mut child, &mut killed).await;
             if let Some(reader) = reader {
                 // The pipe ends with its last writer, and a child's own children do not matter here.
-                tokio::select! {
-                    _ = reader => {}
-                    () = tokio::time::sleep(LAST_WORDS) => {}
-                }
+                let _ = timeout(LAST_WORDS, reader).await;
             }
             let stderr = stderr.lock().expect("no reader panics").text();
             tell.send_replace(Some(Ended { status, stderr }));
@@ -100,23 +99,21 @@ impl Process {
 }
 
 /// How long the last words of an ended child may take to arrive.
-const LAST_WORDS: std::time::Duration = std::time::Duration::from_millis(200);
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 fn signal_name(number: i32) -> String {
     nix::sys::signal::Signal::try_from(number).map_or_else(|_| format!("signal {number}"), |signal| signal.to_string())
 }
 
 async fn wait(child: &mut Child, killed: &mut mpsc::Receiver<()>) -> ExitStatus {
-    loop {
-        tokio::select! {
-            status = child.wait() => return status.unwrap_or_default(),
-            // A message, or the `Process` was dropped.
-            _ = killed.recv() => {
-                let _ = child.start_kill();
-                return child.wait().await.unwrap_or_default();
-            }
-        }
+    tokio::select! {
+        status = child.wait() => return status.unwrap_or_default(),
+        // A message, or the `Process` was dropped.
+        _ = killed.recv() => {}
     }
+    // It fails when the child has ended, which is all the same.
+    let _ = child.start_kill();
+    child.wait().await.unwrap_or_default()
 }
 
 async fn keep_tail(mut pipe: impl AsyncRead + Unpin, tail: Arc<Mutex<Tail>>) {

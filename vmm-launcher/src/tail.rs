@@ -33,7 +33,7 @@ impl Tail {
 }
 
 /// `text` without terminal sequences (ECMA-48 §5.4, `ESC [ … final byte`) and control characters other than newline and tab.
-fn plain(text: &str) -> String {
+pub(crate) fn plain(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     let mut characters = text.chars().peekable();
     while let Some(character) = characters.next() {

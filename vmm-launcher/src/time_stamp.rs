@@ -24,12 +24,27 @@ impl Moment {
         (0..8).map(|_| reading()).min_by_key(|(took, _)| *took).expect("eight readings").1
     }
 
-    /// The counter's frequency in kHz from `self` until now; the longer ago, the more exact. `None` within the first
-    /// millisecond.
-    pub fn khz_since(&self) -> Option<u64> {
-        let now = Self::now();
-        let elapsed = now.instant.duration_since(self.instant).as_nanos();
-        let ticks = u128::from(now.ticks.wrapping_sub(self.ticks));
-        (elapsed >= 1_000_000).then(|| (ticks * 1_000_000 / elapsed) as u64)
+    /// The counter's frequency in kHz, from this moment until now; the longer ago, the more exact. Within the first
+    /// millisecond it lasts until that is over.
+    pub fn khz(&self) -> u64 {
+        loop {
+            let now = Self::now();
+            let elapsed = now.instant.duration_since(self.instant).as_nanos();
+            if elapsed >= 1_000_000 {
+                let ticks = u128::from(now.ticks.wrapping_sub(self.ticks));
+                return (ticks * 1_000_000 / elapsed) as u64;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_measurements_agree_to_a_hundredth() {
+        let (once, again) = (Moment::now().khz(), Moment::now().khz());
+        assert!(once.abs_diff(again) < once / 100, "{once} {again}");
     }
 }

@@ -302,3 +302,6 @@ impl<H: Hypervisor> Vm<H> {
 pub fn exit(reason: ExitReason, detail: String) -> WaitResponse {
     WaitResponse { reason: reason.into(), detail, ..Default::default() }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,7 @@ async fn a_container_has_its_own_names_limits_and_identity() {
     let guest = Guest::boot().await;
     let mut config = script(
         "hostname; echo $GREETING $HOME; id; ulimit -n; pwd; umask; cat /proc/self/oom_score_adj /proc/sys/kernel/msgmax; \
-         grep -E '^(CapEff|NoNewPrivs|SigIgn)' /proc/self/status",
+         grep -E '^(CapEff|NoNewPrivs)' /proc/self/status",
     );
     config["process"]["user"] = json!({ "uid": 1000, "gid": 1001, "additionalGids": [10, 20], "umask": 0o027 });
     config["process"]["cwd"] = json!("/run");
@@ -26,7 +26,7 @@ async fn a_container_has_its_own_names_limits_and_identity() {
     let outcome = guest.run("web", &config).await;
     assert_eq!(outcome.stderr, "");
     let expected = "box\nhello /\nuid=1000 gid=1001 groups=10,20\n1024\n/run\n0027\n500\n4096\n\
-        SigIgn:\t0000000000000000\nCapEff:\t0000000000000000\nNoNewPrivs:\t1\n";
+        CapEff:\t0000000000000000\nNoNewPrivs:\t1\n";
     assert_eq!(outcome.stdout, expected);
 }
 
@@ -93,6 +93,7 @@ async fn the_cgroup_is_the_containers_own_and_its_limits_hold() {
     let task = guest.create_with_stdin("web", &config, stdin.address().to_string()).await.unwrap();
     let mut stdin = stdin.accept().await.unwrap().into_ttrpc();
     task.start().await.unwrap();
+    guest.until_heard(&task, "100\n").await;
     let resources = json!({ "pids": { "limit": 55 } }).to_string().into_bytes();
     let resources = MessageField::some(Any { value: resources, ..Default::default() });
     let request = UpdateTaskRequest { id: "web".into(), resources, ..Default::default() };
@@ -113,7 +114,7 @@ async fn a_container_without_memory_left_is_told() {
     assert_eq!(task.wait().await, 137);
     let (mut out_of_memory, mut exited) = (false, false);
     while !(out_of_memory && exited) {
-        let event = events.recv().await.unwrap();
+        let event = events.recv().await.unwrap().unwrap();
         out_of_memory |= event.has_out_of_memory() && event.out_of_memory().container_id == "web";
         exited |= event.has_process_exited() && event.process_exited().status == 137;
     }

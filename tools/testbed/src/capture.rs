@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 /// Everything that a stream has said so far.
 #[derive(Debug, Default)]
@@ -19,8 +19,18 @@ pub struct Capture {
 #[derive(Debug, Default)]
 struct Heard {
     bytes: Vec<u8>,
-    first_byte: Option<Instant>,
+    /// How many bytes had come, and when.
+    arrivals: Vec<(usize, Instant)>,
     ended: bool,
+}
+
+/// One line and when its end came.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// Without the line break.
+    pub text: String,
+    /// On this process's clock.
+    pub at: Instant,
 }
 
 impl Capture {
@@ -58,37 +68,28 @@ impl Capture {
 
     /// When the first byte came.
     pub fn first_byte(&self) -> Option<Instant> {
-        self.lock().first_byte
+        self.lock().arrivals.first().map(|(_, at)| *at)
     }
 
-    /// Waits until the text contains `needle` and gives the line that does.
+    /// Waits until a line contains `needle` and gives that line as far as it has come.
     ///
     /// # Errors
     /// When the stream ends or `limit` passes without it; the error shows what was heard instead.
     pub fn wait_for(&self, needle: &str, limit: Duration) -> Result<String> {
-        self.wait_for_nth(needle, 1, limit)
+        Ok(self.wait_for_nth(needle, 1, limit)?.text)
     }
 
-    /// Like [`Self::wait_for`], for the `count`th line with `needle`.
+    /// Like [`Self::wait_for`], for the `count`th line with `needle`, counted from 1.
     ///
     /// # Errors
     /// As for [`Self::wait_for`].
-    pub fn wait_for_nth(&self, needle: &str, count: usize, limit: Duration) -> Result<String> {
-        let find = |heard: &Heard| {
-            let text = String::from_utf8_lossy(&heard.bytes);
-            text.lines().filter(|line| line.contains(needle)).nth(count - 1).map(str::to_owned)
-        };
+    pub fn wait_for_nth(&self, needle: &str, count: usize, limit: Duration) -> Result<Line> {
         let mut found = None;
         let heard = self.wait_while(limit, |heard| {
-            found = find(heard);
+            found = heard.nth_line(needle, count);
             found.is_none() && !heard.ended
         });
-        match found {
-            Some(line) => Ok(line),
-            None => {
-                bail!("\"{needle}\" did not come within {limit:?}; heard: {}", tail(&heard.bytes))
-            }
-        }
+        found.with_context(|| format!("\"{needle}\" did not come within {limit:?}; heard: {}", tail(&heard.bytes)))
     }
 
     /// Waits until the stream ends.
@@ -105,8 +106,9 @@ impl Capture {
 
     fn append(&self, chunk: &[u8]) {
         let mut heard = self.lock();
-        heard.first_byte.get_or_insert_with(Instant::now);
         heard.bytes.extend_from_slice(chunk);
+        let length = heard.bytes.len();
+        heard.arrivals.push((length, Instant::now()));
         self.changed.notify_all();
     }
 
@@ -117,6 +119,19 @@ impl Capture {
 
     fn lock(&self) -> MutexGuard<'_, Heard> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Heard {
+    fn nth_line(&self, needle: &str, count: usize) -> Option<Line> {
+        let mut end = 0;
+        let lines = self.bytes.split_inclusive(|byte| *byte == b'\n').map(|line| {
+            end += line.len();
+            (String::from_utf8_lossy(line), end)
+        });
+        let (text, end) = lines.filter(|(text, _)| text.contains(needle)).nth(count - 1)?;
+        let (_, at) = self.arrivals.iter().find(|(length, _)| *length >= end)?;
+        Some(Line { text: text.trim_end_matches('\n').to_owned(), at: *at })
     }
 }
 
@@ -141,7 +156,7 @@ mod tests {
     #[test]
     fn the_second_of_two_lines_can_be_waited_for() {
         let capture = Capture::of(&b"x 1\nx 2\n"[..]);
-        assert_eq!(capture.wait_for_nth("x", 2, LIMIT).unwrap(), "x 2");
+        assert_eq!(capture.wait_for_nth("x", 2, LIMIT).unwrap().text, "x 2");
     }
 
     #[test]

@@ -28,7 +28,7 @@ mod scope;
 mod session;
 
 pub use cache::Cache;
-pub use capture::Capture;
+pub use capture::{Capture, Line};
 pub use configuration::Configuration;
 pub use containerd::{CAISSON, Containerd, RUNC};
 pub use ctr::Ctr;

@@ -43,10 +43,23 @@ impl Scope {
     /// # Errors
     /// When /tmp cannot be read or a process cannot be ended.
     pub fn sweep_abandoned() -> Result<()> {
+        Self::sweep(|owner| !is_alive(owner))
+    }
+
+    /// Ends everything that this process has started, for when it is interrupted.
+    ///
+    /// # Errors
+    /// As for [`Self::sweep_abandoned`].
+    pub fn sweep_own() -> Result<()> {
+        let this = this_process()?;
+        Self::sweep(|owner| owner == this)
+    }
+
+    fn sweep(is_due: impl Fn(&str) -> bool) -> Result<()> {
         for entry in fs::read_dir(PARENT).context("read /tmp")?.flatten() {
             let scope = Self { dir: entry.path() };
             let Ok(owner) = fs::read_to_string(scope.owner()) else { continue };
-            if entry.file_name().to_string_lossy().starts_with(PREFIX) && !is_alive(&owner) {
+            if entry.file_name().to_string_lossy().starts_with(PREFIX) && is_due(&owner) {
                 scope.clear()?;
             }
         }
@@ -222,6 +235,16 @@ mod tests {
         let found: Vec<u32> = scope.processes().unwrap().iter().map(|process| process.pid.cast_unsigned()).collect();
         assert_eq!(found, [child.id()]);
         scope.clear().unwrap();
+        assert!(!child.wait().unwrap().success());
+        assert!(!scope.dir().exists());
+    }
+
+    #[test]
+    fn a_directory_whose_owner_has_ended_is_swept() {
+        let scope = Scope::create().unwrap();
+        fs::write(scope.owner(), format!("{} 1", std::process::id())).unwrap();
+        let mut child = Command::new("sleep").arg("60").env("CAISSON_RUN_DIR", scope.run_dir()).spawn().unwrap();
+        Scope::sweep_abandoned().unwrap();
         assert!(!child.wait().unwrap().success());
         assert!(!scope.dir().exists());
     }

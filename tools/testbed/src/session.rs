@@ -29,6 +29,8 @@ pub struct Outcome {
     pub stdout: Vec<u8>,
     /// Standard error.
     pub stderr: String,
+    /// When it was started.
+    pub started: Instant,
     /// From start to end.
     pub took: Duration,
     /// From start to the first byte of standard output.
@@ -174,6 +176,7 @@ impl Session {
             code: code(status),
             stdout: self.stdout.bytes(),
             stderr: self.stderr.text(),
+            started: self.started,
             took,
             first_output: self.stdout.first_byte().map(|at| at - self.started),
         })

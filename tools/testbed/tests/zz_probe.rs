@@ -2,9 +2,9 @@ use caisson_testbed::*;
 #[test]
 fn probe() {
     let c = Containerd::of_this_build().unwrap();
-    let o = c.run(&["--with-ns", "pid:/proc/1/ns/pid"], &["cat", "/proc/1/status"]).unwrap();
-    println!("{o:?} {}", o.stdout_text());
-    let o = c.run(&[], &["no-such-program"]).unwrap();
-    println!("{o:?} {}", o.stdout_text());
+    for s in ["dd if=/dev/zero bs=1M count=100 of=/dev/null", "dd if=/dev/zero bs=1M count=100 | dd bs=1M of=/dev/null", "dd if=/dev/zero bs=1M count=100", "dd if=/dev/zero bs=64k count=1600", "head -c 1M /dev/urandom > /dev/shm/b;time sha256sum /dev/shm/b >&2"] {
+    let o = c.run(&[], &["sh", "-c", s]).unwrap();
+    println!("{s}: {:?} {:?} {}", o.took, o.first_output,  o.stderr);
+    }
     panic!();
 }

@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod demo;
+mod interrupt;
 mod packages;
 mod setup;
 mod step;
@@ -39,6 +40,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let started = Instant::now();
+    interrupt::clean_up_on_signals();
     match run(Cli::parse().command) {
         Ok(()) => {
             eprintln!("finished in {}", step::human(started.elapsed()));

@@ -33,7 +33,7 @@ pub fn install() -> Result<()> {
         return Ok(());
     }
     for (name, purpose) in PACKAGES.iter().filter(|(name, _)| missing.contains(name)) {
-        println!("    {name}: {purpose}");
+        eprintln!("    {name}: {purpose}");
     }
     step("apt-get update", || run(apt_get().arg("update")))?;
     step(&format!("apt-get install {}", missing.join(" ")), || {

@@ -1,7 +1,7 @@
-//! Tells the user what is being done and how long it took.
+//! Tells the user what is being done and how long it took, on standard error.
 
 use std::{
-    io::{Write, stdout},
+    io::stderr,
     process::Command,
     time::{Duration, Instant},
 };
@@ -13,19 +13,19 @@ const WORTH_TELLING: Duration = Duration::from_millis(500);
 
 /// Does `work` under the heading `what`.
 pub fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    println!("==> {what}");
-    stdout().flush().ok();
+    eprintln!("==> {what}");
     let started = Instant::now();
     let done = work().with_context(|| what.to_owned())?;
     if started.elapsed() > WORTH_TELLING {
-        println!("    done in {}", human(started.elapsed()));
+        eprintln!("    done in {}", human(started.elapsed()));
     }
     Ok(done)
 }
 
-/// Runs `command` with its output going to the user, who thereby sees it progress.
+/// Runs `command` with its output going to the user, who thereby sees it progress. Standard output is left to results.
 pub fn run(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("execute {}", command.get_program().display()))?;
+    let status =
+        command.stdout(stderr()).status().with_context(|| format!("execute {}", command.get_program().display()))?;
     ensure!(status.success(), "`{}` ended with {status}", line(command));
     Ok(())
 }

@@ -9,9 +9,12 @@ use procfs::process::Process;
 /// Bytes by what they are for.
 pub type Sizes = BTreeMap<String, u64>;
 
-/// The proportional set size of every process of one idle pod, by the program's name.
+/// The agent's name in the sizes.
+pub const AGENT: &str = "caisson-agent (in the guest, resident)";
+
+/// What one idle pod takes: the proportional set size of each of its processes on the host, by the program's name, and
+/// the resident set of the agent in the guest.
 pub fn measure(containerd: &Containerd) -> Result<Sizes> {
-    // `sleep` as the container's only process, started and left alone.
     let id = containerd.run_detached(&[], &["sleep", "3600"])?;
     let mut sizes = Sizes::new();
     for process in containerd.scope().processes()? {
@@ -21,7 +24,17 @@ pub fn measure(containerd: &Containerd) -> Result<Sizes> {
         }
     }
     containerd.remove(&id)?;
+    sizes.insert(AGENT.to_owned(), agent(containerd)?);
     Ok(sizes)
+}
+
+/// The agent is process 1 of the guest, which a container sees that joins the guest's own pid namespace.
+fn agent(containerd: &Containerd) -> Result<u64> {
+    let outcome = containerd.run(&["--with-ns", "pid:/proc/1/ns/pid"], &["cat", "/proc/1/status"])?.success()?;
+    let status = outcome.stdout_text();
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
+    let kibibytes: u64 = resident.and_then(|text| text.parse().ok()).context("the agent's status has no VmRSS")?;
+    Ok(kibibytes * 1024)
 }
 
 /// The files that the guest boots from.

@@ -3,7 +3,7 @@
 use std::{
     path::Path,
     process::Stdio,
-    sync::{LazyLock, Mutex},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -29,7 +29,7 @@ use tokio::{process::Command, time::timeout};
 use tracing::{debug, info};
 
 use crate::{
-    accelerator,
+    accelerator::{self, Accelerator},
     command_line::CommandLine,
     hotplug::Slots,
     kernel_params::kernel_params,
@@ -42,13 +42,12 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 /// A helper ends when QEMU closes its connection, and that is shortly before QEMU itself has ended.
 const HELPER_AFTER_QEMU: Duration = Duration::from_secs(1);
+/// How much later a helper's end may be heard of than that of the QEMU that ended by it.
+const HELPER_BEFORE_QEMU: Duration = Duration::from_millis(100);
 /// One local interrupt controller each, without x2APIC.
 const MAX_VCPUS: u32 = 255;
 /// The image is the first disk.
 const IMAGE_ID: &str = "image";
-
-/// The earlier, the better the clock is known when it is needed.
-static STARTED: LazyLock<Moment> = LazyLock::new(Moment::now);
 
 /// A running QEMU.
 pub struct Qemu {
@@ -92,41 +91,17 @@ impl Hypervisor for Qemu {
     }
 
     async fn create(request: &CreateRequest, audience: Audience) -> Result<Created<Self>> {
-        let clock = *STARTED;
-        let started = Instant::now();
-        let vm = request::check(request, MAX_VCPUS)?;
-        let options: Options = parse(&request.options)?;
-        kernel::format(Path::new(&vm.kernel))?;
-        let (accelerator, why) = accelerator::choose(options.accel).await?;
-        info!(accelerator = accelerator.name(), why, machine_type = ?options.machine_type, "accelerator chosen");
-
-        let shared_memory = vm.devices.iter().any(|device| matches!(device.kind, Some(Kind::Fs(_) | Kind::Vsock(_))));
-        let mut line = CommandLine::new(vm, &options, accelerator, shared_memory);
-        line.kernel(vm, kernel_params(vm, options.machine_type, accelerator, clock.khz_since()));
-        let (qmp, socket) = Qmp::pair().map_err(Error::host("make QEMU's socket pair"))?;
-        line.monitor(socket);
-        let (console, socket) = Console::open(console_log(&vm.devices), audience)?;
-        line.console(socket);
-        if !vm.image.is_empty() {
-            line.block(IMAGE_ID, &Block { path: vm.image.clone(), read_only: true, ..Default::default() });
-        }
         let mut helpers = Helpers::default();
-        let mut devices = Vec::with_capacity(vm.devices.len());
-        for device in &vm.devices {
-            let address = add(device, Path::new(&request.run_dir), &mut line, &mut helpers)?;
-            devices.push(GuestDevice { id: device.id.clone(), address, ..Default::default() });
+        match start(request, audience, &mut helpers).await {
+            Ok(created) => {
+                *created.hypervisor.helpers.lock().expect("nobody panics with the helpers") = helpers;
+                Ok(created)
+            }
+            Err(error) => {
+                helpers.end().await;
+                Err(error)
+            }
         }
-        line.arguments.extend(options.extra_args.iter().cloned());
-
-        debug!(arguments = ?line.arguments, "starting QEMU");
-        let spawned = Instant::now();
-        let process = Process::start(Path::new(&vm.hypervisor_path), &line.arguments, line.descriptors)?;
-        let slots = Slots::new(options.machine_type, options.hotplug_slots);
-        let (memory_mib, vcpus, helpers) = (vm.memory_mib, vm.vcpus, Mutex::new(helpers));
-        let qemu = Self { process, qmp, console, helpers, slots, memory_mib, vcpus };
-        qemu.ready().await?;
-        info!(prepare = ?spawned - started, start = ?spawned.elapsed(), "QEMU started");
-        Ok(Created { hypervisor: qemu, devices })
     }
 
     async fn boot(&self) -> Result<()> {
@@ -172,10 +147,7 @@ impl Hypervisor for Qemu {
             }
         };
         self.console.drained().await;
-        for file_server in helpers.file_servers {
-            file_server.end().await;
-        }
-        drop(helpers.vsock);
+        helpers.end().await;
         let (reason, detail) = match helper {
             Some(helper) => (ExitReason::HYPERVISOR_FAILED, helper),
             None => self.explain(&ended),
@@ -202,42 +174,86 @@ impl Hypervisor for Qemu {
     }
 }
 
+/// Starts QEMU and everything that it needs. When this fails QEMU has ended; `helpers` are left to the caller.
+async fn start(request: &CreateRequest, audience: Audience, helpers: &mut Helpers) -> Result<Created<Qemu>> {
+    let (clock, started) = (Moment::now(), Instant::now());
+    let vm = request::check(request, MAX_VCPUS)?;
+    let options: Options = parse(&request.options)?;
+    kernel::format(Path::new(&vm.kernel))?;
+    let (accelerator, why) = accelerator::choose(options.accel).await?;
+    info!(accelerator = accelerator.name(), why, machine_type = ?options.machine_type, "accelerator chosen");
+
+    let shared_memory = vm.devices.iter().any(|device| matches!(device.kind, Some(Kind::Fs(_) | Kind::Vsock(_))));
+    let mut line = CommandLine::new(vm, &options, accelerator, shared_memory);
+    let (qmp, socket) = Qmp::pair().map_err(Error::host("make QEMU's socket pair"))?;
+    line.monitor(socket);
+    let (console, socket) = Console::open(console_log(&vm.devices), audience)?;
+    line.console(socket);
+    if !vm.image.is_empty() {
+        line.block(IMAGE_ID, &Block { path: vm.image.clone(), read_only: true, ..Default::default() });
+    }
+    let mut devices = Vec::with_capacity(vm.devices.len());
+    for device in &vm.devices {
+        let address = add(device, Path::new(&request.run_dir), &mut line, helpers)?;
+        devices.push(GuestDevice { id: device.id.clone(), address, ..Default::default() });
+    }
+    // As late as can be: the clock is known the better the longer it was watched.
+    let tsc_khz = (accelerator == Accelerator::Tcg).then(|| clock.khz());
+    line.kernel(vm, kernel_params(vm, tsc_khz));
+    line.arguments.extend(options.extra_args.iter().cloned());
+
+    debug!(arguments = ?line.arguments, "starting QEMU");
+    let spawned = Instant::now();
+    let process = Process::start(Path::new(&vm.hypervisor_path), &line.arguments, line.descriptors)?;
+    if let Err(error) = ready(&process, &qmp, &helpers.file_servers).await {
+        process.kill();
+        process.ended().await;
+        return Err(error);
+    }
+    info!(prepare = ?spawned - started, start = ?spawned.elapsed(), "QEMU started");
+    let slots = Slots::new(options.machine_type, options.hotplug_slots);
+    let (memory_mib, vcpus, helpers) = (vm.memory_mib, vm.vcpus, Mutex::default());
+    Ok(Created { hypervisor: Qemu { process, qmp, console, helpers, slots, memory_mib, vcpus }, devices })
+}
+
+/// Waits until QEMU answers; whatever ends before is the reason why it does not.
+async fn ready(process: &Process, qmp: &Qmp, file_servers: &[Virtiofsd]) -> Result<()> {
+    let ready = async {
+        tokio::select! {
+            // A helper that died explains a QEMU that died of it.
+            biased;
+            helper = any_ended(file_servers) => Err(Error::Hypervisor(helper)),
+            ended = process.ended() => Err(did_not_start(process, &ended, file_servers).await),
+            ready = qmp.negotiate() => ready,
+        }
+    };
+    timeout(START_DEADLINE, ready).await.unwrap_or_else(|_| {
+        let (pid, seconds) = (process.pid(), START_DEADLINE.as_secs());
+        Err(Error::Hypervisor(format!("QEMU (pid {pid}) did not answer within {seconds} s of its start")))
+    })
+}
+
+async fn did_not_start(process: &Process, ended: &Ended, file_servers: &[Virtiofsd]) -> Error {
+    // QEMU notices a helper's end by its socket, which closes before the helper has quite ended.
+    let helper = timeout(HELPER_BEFORE_QEMU, any_ended(file_servers)).await;
+    Error::Hypervisor(helper.unwrap_or_else(|_| format!("QEMU did not start: {}", process.describe(ended))))
+}
+
+impl Helpers {
+    async fn end(self) {
+        for file_server in self.file_servers {
+            file_server.end().await;
+        }
+        // Stopped when dropped.
+        drop(self.vsock);
+    }
+}
+
 impl Qemu {
-    /// Waits until QEMU answers; whatever ends before is the reason why it does not.
-    async fn ready(&self) -> Result<()> {
-        let file_servers =
-            std::mem::take(&mut self.helpers.lock().expect("nobody panics with the helpers").file_servers);
-        let ready = async {
-            tokio::select! {
-                // A helper that died explains a QEMU that died of it.
-                biased;
-                helper = any_ended(&file_servers) => Err(Error::Hypervisor(helper)),
-                ended = self.process.ended() => Err(self.did_not_start(&ended, &file_servers).await),
-                ready = self.qmp.negotiate() => ready,
-            }
-        };
-        let ready = timeout(START_DEADLINE, ready).await.unwrap_or_else(|_| {
-            let (pid, seconds) = (self.process.pid(), START_DEADLINE.as_secs());
-            Err(Error::Hypervisor(format!("QEMU (pid {pid}) did not answer within {seconds} s of its start")))
-        });
-        self.helpers.lock().expect("nobody panics with the helpers").file_servers = file_servers;
-        ready
-    }
-
-    async fn did_not_start(&self, ended: &Ended, file_servers: &[Virtiofsd]) -> Error {
-        // QEMU notices a helper's end by its socket, which closes before the helper has quite ended.
-        let helper = timeout(Duration::from_millis(100), any_ended(file_servers)).await;
-        let qemu = self.process.describe(ended);
-        Error::Hypervisor(helper.unwrap_or_else(|_| format!("QEMU did not start: {qemu}")))
-    }
-
     fn explain(&self, ended: &Ended) -> (ExitReason, String) {
         let reason = self.qmp.shutdown_reason();
         let reason = reason.as_deref().unwrap_or_default();
-        if self.console.panicked() || reason == "guest-panic" {
-            let tail = self.console.tail();
-            let words =
-                tail.lines().rev().find_map(|line| line.split_once("Kernel panic - ")).map_or("", |(_, words)| words);
+        if let Some(words) = self.console.panic() {
             return (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}"));
         }
         if ended.status.success() && reason != "host-signal" {

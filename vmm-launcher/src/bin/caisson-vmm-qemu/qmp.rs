@@ -41,10 +41,13 @@ pub struct Qmp {
     shared: Arc<Shared>,
 }
 
+/// What a command returns, or QEMU's words why it fails.
+type Answer = Result<Value, String>;
+
 #[derive(Debug)]
 struct Shared {
     /// Who waits for the answer with an id; `None` once the connection has ended.
-    waiting: Mutex<Option<HashMap<u64, oneshot::Sender<Result<Value, String>>>>>,
+    waiting: Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>,
     events: broadcast::Sender<Value>,
     greeting: watch::Sender<bool>,
     /// Why the VM went down, as QEMU says it: `guest-shutdown`, `guest-reset`, …

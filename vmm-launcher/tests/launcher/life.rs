@@ -1,0 +1,167 @@
+//! How a VM is made and ends, and that nothing of it stays.
+
+use std::time::Duration;
+
+use caisson_protocol::{
+    deadline,
+    status::{Code, Status},
+    vmm::{self, Console, ExitReason, Fs, VmState, device::Kind},
+};
+use nix::sys::signal::{Signal, kill};
+
+use crate::fixture::{Images, LIMIT, Launcher, children, device, pid, process_ended, text};
+
+#[tokio::test]
+async fn a_guest_that_powers_off_ends_its_vm() {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start().await;
+    let mut request = launcher.request(&images, "poweroff");
+    let log = launcher.dir.path().join("console.log");
+    request.vm.as_mut().unwrap().devices =
+        vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    assert_eq!(launcher.state().await.state, VmState::EMPTY.into());
+    let created = launcher.create(&request).await.unwrap();
+    assert_eq!(children(launcher.child.id().unwrap()), [created.pid]);
+    assert_eq!(launcher.state().await.state, VmState::CREATED.into());
+    launcher.boot().await.unwrap();
+
+    let exit = launcher.wait().await;
+
+    assert_eq!(exit.reason, ExitReason::GUEST_SHUTDOWN.into(), "{exit}");
+    assert_eq!(exit.detail, "the guest powered off");
+    assert!(exit.console_tail.contains("guest: up"), "{exit}");
+    assert!(std::fs::read_to_string(log).unwrap().contains("guest: up"));
+    assert_eq!(launcher.state().await.state, VmState::EXITED.into());
+    assert!(launcher.leftovers().is_empty());
+}
+
+#[tokio::test]
+async fn a_guest_that_reboots_ends_its_vm() {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start().await;
+    launcher.create(&launcher.request(&images, "reboot")).await.unwrap();
+    launcher.boot().await.unwrap();
+    let exit = launcher.wait().await;
+    assert_eq!(exit.reason, ExitReason::GUEST_SHUTDOWN.into(), "{exit}");
+    assert_eq!(exit.detail, "the guest rebooted, which ends its VM");
+}
+
+#[tokio::test]
+async fn a_panic_is_told_with_its_last_words() {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start().await;
+    launcher.create(&launcher.request(&images, "panic")).await.unwrap();
+    launcher.boot().await.unwrap();
+    let exit = launcher.wait().await;
+    assert_eq!(exit.reason, ExitReason::GUEST_PANIC.into(), "{exit}");
+    assert_eq!(exit.detail, "the guest kernel panicked: sysrq triggered crash");
+    assert!(exit.console_tail.contains("Kernel panic"), "{exit}");
+}
+
+#[tokio::test]
+async fn a_paused_guest_goes_on_when_it_is_resumed() {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start().await;
+    launcher.create(&launcher.request(&images, "poweroff")).await.unwrap();
+    launcher.boot().await.unwrap();
+    launcher.client.pause(deadline(LIMIT), &vmm::PauseRequest::new()).await.unwrap();
+    assert_eq!(launcher.state().await.state, VmState::PAUSED.into());
+    let again = launcher.client.pause(deadline(LIMIT), &vmm::PauseRequest::new()).await.unwrap_err();
+    assert_eq!(Status::from(again), Status::new(Code::FAILED_PRECONDITION, "cannot pause a VM that is paused"));
+    launcher.client.resume(deadline(LIMIT), &vmm::ResumeRequest::new()).await.unwrap();
+    assert_eq!(launcher.wait().await.reason, ExitReason::GUEST_SHUTDOWN.into());
+}
+
+#[tokio::test]
+async fn stop_ends_a_running_guest_and_may_be_called_again() {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start().await;
+    let created = launcher.create(&launcher.request(&images, "sleep")).await.unwrap();
+    launcher.boot().await.unwrap();
+    launcher.stop(Duration::ZERO).await;
+    launcher.stop(Duration::ZERO).await;
+    assert_eq!(launcher.wait().await.reason, ExitReason::STOPPED.into());
+    assert!(!std::path::Path::new(&format!("/proc/{}", created.pid)).exists());
+}
+
+#[tokio::test]
+async fn stop_without_a_vm_ends_it_before_it_is_made() {
+    let launcher = Launcher::start().await;
+    launcher.stop(Duration::ZERO).await;
+    let late = launcher.create(&vmm::CreateRequest::new()).await.unwrap_err();
+    assert_eq!(late, Status::new(Code::FAILED_PRECONDITION, "cannot create a VM that is ended"));
+}
+
+#[tokio::test]
+async fn stop_ends_a_create_that_hangs_and_leaves_nothing() {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start().await;
+    let mut request = launcher.request(&images, "sleep");
+    // QEMU waits for an answer of its file server for as long as it has one.
+    let mute = images.dir.path().join("mute");
+    std::fs::write(&mute, "#!/bin/sh\nexec sleep 1000\n").unwrap();
+    std::fs::set_permissions(&mute, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let fs = Fs { tag: "share".into(), shared_dir: "/tmp".into(), daemon_path: text(&mute), ..Default::default() };
+    request.vm.as_mut().unwrap().devices = vec![device("fs", Kind::Fs(fs))];
+
+    let (created, ()) = tokio::join!(launcher.create(&request), async {
+        // Calls on one connection arrive in order, and `create` has begun before `stop` is read.
+        tokio::task::yield_now().await;
+        launcher.stop(Duration::ZERO).await;
+    });
+
+    let status = created.unwrap_err();
+    assert_eq!(status, Status::new(Code::CANCELLED, "the VM was stopped while it was being created"));
+    assert!(launcher.leftovers().is_empty());
+    for child in children(launcher.child.id().unwrap()) {
+        process_ended(child).await;
+    }
+    assert_eq!(launcher.wait().await.reason, ExitReason::STOPPED.into());
+}
+
+#[tokio::test]
+async fn a_hypervisor_that_is_killed_is_told_with_the_signal() {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start().await;
+    let created = launcher.create(&launcher.request(&images, "sleep")).await.unwrap();
+    launcher.boot().await.unwrap();
+    kill(pid(created.pid), Signal::SIGKILL).unwrap();
+    let exit = launcher.wait().await;
+    assert_eq!(exit.reason, ExitReason::HYPERVISOR_FAILED.into(), "{exit}");
+    assert!(exit.detail.ends_with("was killed by SIGKILL"), "{exit}");
+}
+
+#[tokio::test]
+async fn a_killed_launcher_leaves_no_process() {
+    let Some(images) = Images::find() else { return };
+    let mut launcher = Launcher::start().await;
+    let mut request = launcher.request(&images, "sleep");
+    let fs = Fs {
+        tag: "share".into(),
+        shared_dir: "/tmp".into(),
+        daemon_path: text(&images.virtiofsd),
+        ..Default::default()
+    };
+    request.vm.as_mut().unwrap().devices = vec![device("fs", Kind::Fs(fs))];
+    launcher.create(&request).await.unwrap();
+    launcher.boot().await.unwrap();
+    let children = children(launcher.child.id().unwrap());
+    assert_eq!(children.len(), 2);
+    launcher.signal(Signal::SIGKILL);
+    launcher.ended().await;
+    for child in children {
+        process_ended(child).await;
+    }
+}
+
+#[tokio::test]
+async fn a_launcher_that_is_told_to_end_ends_its_vm_first() {
+    let Some(images) = Images::find() else { return };
+    let mut launcher = Launcher::start().await;
+    let created = launcher.create(&launcher.request(&images, "sleep")).await.unwrap();
+    launcher.boot().await.unwrap();
+    launcher.signal(Signal::SIGTERM);
+    assert!(launcher.ended().await.success());
+    assert!(!std::path::Path::new(&format!("/proc/{}", created.pid)).exists());
+    assert!(launcher.leftovers().is_empty());
+}
