@@ -10,11 +10,7 @@ use std::{
     time::Duration,
 };
 
-use nix::{
-    errno::Errno,
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::{errno::Errno, libc::SIGKILL, unistd::Pid};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     time::timeout,
@@ -113,14 +109,14 @@ impl Cgroup {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn kill(&self, signal: Signal) -> Result<()> {
-        if signal == Signal::SIGKILL {
+    pub fn kill(&self, signal: i32) -> Result<()> {
+        if signal == SIGKILL {
             return self.write("cgroup.kill", "1");
         }
         for pid in self.pids() {
-            match kill(pid, signal) {
+            match sys::kill(pid, signal) {
                 Ok(()) | Err(Errno::ESRCH) => {}
-                Err(error) => return Err(error).attempt(format_args!("send {signal} to process {pid}")),
+                Err(error) => return Err(error).attempt(format_args!("send signal {signal} to process {pid}")),
             }
         }
         Ok(())

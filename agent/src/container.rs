@@ -12,7 +12,7 @@ use caisson_protocol::{
     guest::{Event, OutOfMemory},
     paths::GUEST_BUNDLE_DIR,
 };
-use nix::{sys::signal::Signal, unistd::Pid};
+use nix::{libc::SIGKILL, unistd::Pid};
 use tokio::task::AbortHandle;
 use tracing::warn;
 
@@ -163,7 +163,7 @@ impl Container {
         match self.init.state() {
             State::Exited(..) => {}
             State::Created(_) => {
-                self.init.kill(Signal::SIGKILL)?;
+                self.init.kill(SIGKILL)?;
                 self.init.wait().await;
             }
             other @ (State::Added | State::Starting | State::Running(_) | State::Paused(_)) => {
@@ -171,7 +171,7 @@ impl Container {
             }
         }
         // Whoever outlived the first process would keep the streams and the root file system.
-        self.ground.cgroup.kill(Signal::SIGKILL)?;
+        self.ground.cgroup.kill(SIGKILL)?;
         self.init.drain().await;
         if let Some(watch) = &self.oom_watch {
             watch.abort();

@@ -55,19 +55,20 @@ pub fn set_hostname(name: &str) -> Result<()> {
 /// Writes `/etc/resolv.conf`, also where the root file system is read-only.
 ///
 /// # Errors
-/// When there is no place for it.
+/// When there is no `/etc`, or the kernel has no overlay file system to make it writable with.
 pub fn set_dns(lines: &[String]) -> Result<()> {
     const CONFIG: &str = "/etc/resolv.conf";
-    const SHADOW: &str = "/run/resolv.conf";
-    let mut text = lines.join("\n");
-    text.push('\n');
+    let text = lines.iter().fold(String::new(), |text, line| text + line + "\n");
     let _ = fs::create_dir_all("/etc");
     if fs::write(CONFIG, &text).is_ok() {
         return Ok(());
     }
-    fs::write(SHADOW, text).attempt(format_args!("write {SHADOW}"))?;
-    mount(Some(SHADOW), CONFIG, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-        .attempt(format_args!("put {SHADOW} in the place of {CONFIG}"))
+    for layer in ["/run/etc/upper", "/run/etc/work"] {
+        fs::create_dir_all(layer).attempt(format_args!("make {layer}"))?;
+    }
+    let layers = "lowerdir=/etc,upperdir=/run/etc/upper,workdir=/run/etc/work";
+    mount(Some("overlay"), "/etc", Some("overlay"), MsFlags::empty(), Some(layers)).attempt("make /etc writable")?;
+    fs::write(CONFIG, &text).attempt(format_args!("write {CONFIG}"))
 }
 
 /// Brings memory and processors into use, and waits until there are `vcpus` of them.

@@ -12,6 +12,7 @@ mod cmdline;
 mod console;
 mod container;
 mod containers;
+mod device_filter;
 mod error;
 mod events;
 mod files;

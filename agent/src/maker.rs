@@ -10,6 +10,7 @@ use std::{
         fd::{AsRawFd, IntoRawFd, OwnedFd},
         unix::net::UnixStream,
     },
+    path::Path,
     rc::Rc,
     sync::Mutex,
 };
@@ -37,7 +38,7 @@ use oci_spec::runtime::Spec;
 use tracing::level_filters::LevelFilter;
 
 use crate::{
-    home,
+    cgroup, device_filter, home,
     launch::{Answer, Kind, Order},
     program::Program,
     spec, sys,
@@ -75,6 +76,7 @@ fn obey(control: &mut BufReader<UnixStream>, console: OwnedFd) -> Result<Answer,
 
     // What happens when the process fails after its gate: nobody reads it, but libcontainer writes it.
     let (_unread, failure) = pipe2(OFlag::O_CLOEXEC)?;
+    let devices = config.linux().as_ref().and_then(|linux| linux.resources().as_ref()?.devices().clone());
     let (container_type, mut spec) = match &order.kind {
         Kind::Init => (ContainerType::InitContainer, spec::of_container(config)?),
         Kind::Exec { init, process } => (
@@ -123,6 +125,11 @@ fn obey(control: &mut BufReader<UnixStream>, console: OwnedFd) -> Result<Answer,
         as_sibling: false,
         pid_file: None,
     };
+    if matches!(order.kind, Kind::Init)
+        && let Some(rules) = devices
+    {
+        device_filter::apply(&Path::new(cgroup::ROOT).join(&order.cgroup), &rules)?;
+    }
     // A process that joins the container's namespaces must not be open to those that are in them already.
     prctl::set_dumpable(false)?;
     let pid = container_main_process(&arguments)?;

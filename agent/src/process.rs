@@ -7,11 +7,7 @@ use std::{
 };
 
 use caisson_protocol::guest::{Event, ProcessExited};
-use nix::{
-    errno::Errno,
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::{errno::Errno, unistd::Pid};
 use tokio::{
     sync::{oneshot, watch},
     time::timeout,
@@ -24,6 +20,7 @@ use crate::{
     reaper::{Exit, Reaper},
     state::State,
     streams::{Connections, Ends, Streams},
+    sys,
 };
 
 /// How long output may take to leave after the process ended.
@@ -131,11 +128,11 @@ impl Process {
     ///
     /// # Errors
     /// When there is no process to take it.
-    pub fn kill(&self, signal: Signal) -> Result<()> {
+    pub fn kill(&self, signal: i32) -> Result<()> {
         let pid = self.state().signalled()?;
-        match kill(pid, signal) {
+        match sys::kill(pid, signal) {
             Err(Errno::ESRCH) => Err(crate::error::Error::NotFound("process already finished".into())),
-            sent => sent.attempt(format_args!("send {signal} to process {pid}")),
+            sent => sent.attempt(format_args!("send signal {signal} to process {pid}")),
         }
     }
 
@@ -161,11 +158,6 @@ impl Process {
     /// When it has none.
     pub fn resize(&self, columns: u16, rows: u16) -> Result<()> {
         self.streams().resize(columns, rows)
-    }
-
-    /// There is no more input.
-    pub fn close_input(&self) {
-        self.streams().close_input();
     }
 
     async fn tell_end(self: Arc<Self>, end: oneshot::Receiver<Exit>, events: Events) {

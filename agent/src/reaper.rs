@@ -7,10 +7,10 @@ use std::{
     time::SystemTime,
 };
 
-use nix::{
-    errno::Errno,
-    sys::wait::{Id, WaitPidFlag, WaitStatus, waitid},
-    unistd::Pid,
+use nix::unistd::Pid;
+use rustix::{
+    io::Errno,
+    process::{WaitOptions, wait},
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -57,16 +57,18 @@ impl Reaper {
 
     fn collect(&self) {
         loop {
-            let (pid, status) = match waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
-                Ok(WaitStatus::Exited(pid, status)) => (pid, (status & 0xff) as u32),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + signal as u32),
-                Ok(_) | Err(Errno::ECHILD) => return,
-                Err(Errno::EINTR) => continue,
+            let (pid, status) = match wait(WaitOptions::NOHANG) {
+                Ok(Some(ended)) => ended,
+                Ok(None) | Err(Errno::CHILD) => return,
+                Err(Errno::INTR) => continue,
                 Err(error) => {
                     tracing::error!(%error, "children cannot be collected");
                     return;
                 }
             };
+            let pid = Pid::from_raw(pid.as_raw_pid());
+            let signal = status.terminating_signal().map(|signal| 128 + signal);
+            let status = status.exit_status().or(signal).unwrap_or_default().cast_unsigned();
             if let Some(told) = self.watched().remove(&pid) {
                 // Nobody listens any more when the request that asked was cut off.
                 let _ = told.send(Exit { status, at: SystemTime::now() });
@@ -99,5 +101,10 @@ mod tests {
     #[tokio::test]
     async fn a_signal_counts_from_128() {
         assert_eq!(end_of("kill -9 $$").await, 137);
+    }
+
+    #[tokio::test]
+    async fn a_real_time_signal_counts_too() {
+        assert_eq!(end_of("kill -37 $$").await, 165);
     }
 }

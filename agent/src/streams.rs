@@ -19,8 +19,6 @@ use crate::error::{Attempt, Error, Result};
 
 /// How long the host may take to accept a connection that it asked for.
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
-/// How long input may go on after the host said that there is no more: it ends by itself when the host closes it.
-const INPUT_LIMIT: Duration = Duration::from_secs(2);
 
 /// Connections to the host, one for each stream that somebody wants.
 pub struct Connections {
@@ -122,17 +120,6 @@ impl Streams {
         let terminal = self.terminal.as_ref().ok_or_else(|| Error::WrongState("the process has no terminal".into()))?;
         let size = Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
         tcsetwinsize(terminal.as_fd(), size).attempt(format_args!("set the terminal's size to {columns}x{rows}"))
-    }
-
-    /// The host has no more input. What is still on its way arrives: the host closes the connection behind it; only a
-    /// host that does not is cut off.
-    pub fn close_input(&self) {
-        if let Some(input) = self.input.clone() {
-            tokio::spawn(async move {
-                tokio::time::sleep(INPUT_LIMIT).await;
-                input.abort();
-            });
-        }
     }
 
     /// What is to be waited for until all output has left.

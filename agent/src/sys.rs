@@ -7,7 +7,11 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
-use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::{
+    errno::Errno,
+    sys::signal::{SigHandler, Signal, signal},
+    unistd::Pid,
+};
 use tokio::io::{Interest, unix::AsyncFd};
 
 mod ioctls {
@@ -66,6 +70,63 @@ pub fn credit_entropy(random: &File, bits: i32) -> io::Result<()> {
     // SAFETY: the request has no argument.
     unsafe { ioctls::reseed(random.as_raw_fd()) }?;
     Ok(())
+}
+
+/// Sends any signal, also a real-time one: libraries know only those with a name.
+pub fn kill(pid: Pid, signal: i32) -> nix::Result<()> {
+    // SAFETY: the call takes two numbers.
+    Errno::result(unsafe { nix::libc::kill(pid.as_raw(), signal) }).map(drop)
+}
+
+/// `bpf(2)`: `BPF_PROG_LOAD` for `BPF_PROG_TYPE_CGROUP_DEVICE`.
+pub fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+    }
+    const BPF_PROG_LOAD: nix::libc::c_int = 5;
+    const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+    let load = Load {
+        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
+        count: instructions.len() as u32,
+        instructions: instructions.as_ptr() as u64,
+        license: c"Apache-2.0".as_ptr() as u64,
+    };
+    // SAFETY: the kernel reads `load` and the two arrays that it points to, all of which outlive the call; it takes a
+    // request that is shorter than its own structure.
+    let fd = unsafe { nix::libc::syscall(nix::libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>()) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has just opened the descriptor, for this process alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// `bpf(2)`: `BPF_PROG_ATTACH` as `BPF_CGROUP_DEVICE`. The program lives as long as the cgroup.
+pub fn attach_device_program(cgroup: &File, program: &OwnedFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Attach {
+        target: RawFd,
+        program: RawFd,
+        kind: u32,
+        flags: u32,
+    }
+    const BPF_PROG_ATTACH: nix::libc::c_int = 8;
+    const BPF_CGROUP_DEVICE: u32 = 6;
+    const BPF_F_ALLOW_MULTI: u32 = 2;
+    let attach = Attach {
+        target: cgroup.as_raw_fd(),
+        program: program.as_raw_fd(),
+        kind: BPF_CGROUP_DEVICE,
+        flags: BPF_F_ALLOW_MULTI,
+    };
+    // SAFETY: the kernel reads `attach`, and both descriptors are open for the call.
+    let done =
+        unsafe { nix::libc::syscall(nix::libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<Attach>()) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// The guest's own context id, from `/dev/vsock`.

@@ -1,6 +1,6 @@
 //! containerd's Task contract, served in the guest: each request is one call to a container.
 
-use std::{sync::Arc, time::UNIX_EPOCH};
+use std::{ops::RangeInclusive, sync::Arc, time::UNIX_EPOCH};
 
 use async_trait::async_trait;
 use caisson_protocol::{
@@ -17,12 +17,23 @@ use caisson_protocol::{
     id::Id,
     status::Status,
 };
-use nix::{sys::signal::Signal, unistd::Pid};
+use nix::unistd::Pid;
 use protobuf::{MessageField, well_known_types::timestamp::Timestamp};
 use serde::de::IgnoredAny;
 use ttrpc::r#async::TtrpcContext;
 
-use crate::{containers::Containers, error::Error, process::Stdio, reaper::Exit, resources, state::State, stats};
+use crate::{
+    containers::Containers,
+    error::{Error, Result},
+    process::Stdio,
+    reaper::Exit,
+    resources,
+    state::State,
+    stats,
+};
+
+/// `signal(7)`: 0 only asks whether the process is there, the last are the real-time ones.
+const SIGNALS: RangeInclusive<i32> = 0..=64;
 
 /// Serves containers.
 pub struct TaskService(pub Arc<Containers>);
@@ -33,17 +44,21 @@ impl Task for TaskService {
         if !request.checkpoint.is_empty() {
             return Err(Status::unimplemented("restoring a container from a checkpoint").into());
         }
-        let pid = self.0.create(&request).await?;
+        let containers = self.0.clone();
+        let pid = to_the_end(async move { containers.create(&request).await }).await?;
         Ok(CreateTaskResponse { pid: number(pid), ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let container = self.0.get(&request.id)?;
-        let pid = if request.exec_id.is_empty() {
-            container.init.start().await?
-        } else {
-            container.start_exec(&self.0.reaper, &self.0.events, &request.exec_id).await?
+        let (reaper, events) = (self.0.reaper.clone(), self.0.events.clone());
+        let start = async move {
+            match request.exec_id.as_str() {
+                "" => container.init.start().await,
+                exec_id => container.start_exec(&reaper, &events, exec_id).await,
+            }
         };
+        let pid = to_the_end(start).await?;
         Ok(StartResponse { pid: number(pid), ..Default::default() })
     }
 
@@ -62,7 +77,7 @@ impl Task for TaskService {
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
         let container = self.0.get(&request.id)?;
-        let signal = i32::try_from(request.signal).ok().and_then(|number| Signal::try_from(number).ok());
+        let signal = i32::try_from(request.signal).ok().filter(|number| SIGNALS.contains(number));
         let signal = signal.ok_or_else(|| Error::Invalid(format!("{} is not a signal", request.signal)))?;
         if request.all && request.exec_id.is_empty() {
             container.cgroup().kill(signal)?;
@@ -112,15 +127,16 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        let container = self.0.get(&request.id)?;
-        let process = if request.exec_id.is_empty() {
+        let (containers, container) = (self.0.clone(), self.0.get(&request.id)?);
+        let delete = async move {
+            if !request.exec_id.is_empty() {
+                return container.delete_exec(&request.exec_id).await;
+            }
             container.delete().await?;
-            self.0.remove(&request.id);
-            container.init.clone()
-        } else {
-            container.delete_exec(&request.exec_id).await?
+            containers.remove(&request.id);
+            Ok(container.init.clone())
         };
-        let state = process.state();
+        let state = to_the_end(delete).await?.state();
         Ok(DeleteResponse {
             pid: state.pid().map_or(0, number),
             exit_status: state.exited().map_or(0, |exit| exit.status),
@@ -138,10 +154,8 @@ impl Task for TaskService {
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        let process = self.0.get(&request.id)?.process(&request.exec_id)?;
-        if request.stdin {
-            process.close_input();
-        }
+        // Input ends where it comes from: the host closes its end of the connection behind the last byte.
+        self.0.get(&request.id)?.process(&request.exec_id)?;
         Ok(Empty::new())
     }
 
@@ -182,6 +196,12 @@ impl Task for TaskService {
         // The guest ends by Guest.Shutdown; containerd's word is about its shim.
         Ok(Empty::new())
     }
+}
+
+/// Does the whole of it even when the request's deadline passes on the way: nothing stays half made or half removed.
+async fn to_the_end<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    let done = tokio::spawn(work).await;
+    done.unwrap_or_else(|error| Err(Error::WrongState(format!("the work was cut off: {error}"))))
 }
 
 fn number(pid: Pid) -> u32 {

@@ -113,10 +113,10 @@ impl From<Problem> for Problems {
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(file) = &self.file else { return f.write_str(&self.sentences().join("; ")) };
-        match self.list.len() {
-            1 => write!(f, "the configuration {} has a problem:", file.display())?,
-            count => write!(f, "the configuration {} has {count} problems:", file.display())?,
+        if let [problem] = &self.list[..] {
+            return write!(f, "the configuration {} has a problem: {problem}", file.display());
         }
+        write!(f, "the configuration {} has {} problems:", file.display(), self.list.len())?;
         for sentence in self.sentences() {
             write!(f, "\n  {sentence}")?;
         }

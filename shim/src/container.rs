@@ -16,11 +16,12 @@ use caisson_protocol::{
     guest::CopyFileRequest,
     id::Id,
     paths::GUEST_BUNDLE_DIR,
-    status::{Code, sentence},
+    status::{Code, Status, sentence},
 };
 use nix::sys::signal::Signal;
 use oci_spec::runtime::{ContainerState, Hook, Spec};
 use protobuf::MessageField;
+use tokio::time::timeout;
 use tracing::warn;
 
 use crate::{
@@ -175,19 +176,20 @@ impl Container {
 
     /// Sends a signal. A guest that does not even answer SIGKILL is ended with its virtual machine.
     pub async fn kill(&self, vm: &Vm, request: KillRequest) -> Result<()> {
-        if self.process(&request.exec_id)?.exit().is_some() {
+        let process = self.process(&request.exec_id)?;
+        if process.exit().is_some() {
             return Err(Error::Finished);
         }
-        let answer = vm.task.kill(deadline(vm.request_limit), &request).await;
-        match answer.map_err(Error::from) {
-            Ok(_) => Ok(()),
-            Err(Error::Remote { status, .. })
-                if matches!(status.code, Code::DEADLINE_EXCEEDED) && request.signal == Signal::SIGKILL as u32 =>
-            {
+        let Err(error) = vm.task.kill(deadline(vm.request_limit), &request).await else { return Ok(()) };
+        let status = Status::from(error);
+        match status.code {
+            Code::DEADLINE_EXCEEDED if request.signal == Signal::SIGKILL as u32 => {
                 warn!(container = %self.id, "the guest does not answer; its virtual machine is stopped");
                 vm.stop().await
             }
-            Err(error) => Err(error),
+            // The guest is going; with it goes the process.
+            Code::UNAVAILABLE if timeout(vm.request_limit, process.wait()).await.is_ok() => Err(Error::Finished),
+            _ => Err(Error::Remote { context: String::new(), status }),
         }
     }
 
@@ -197,8 +199,12 @@ impl Container {
         process.check_deletable()?;
         let mut exit = process.exit().unwrap_or(Exit { status: 0, at_unix_ns: 0 });
         if let Some(vm) = vm {
-            let answer = vm.task.delete(deadline(vm.request_limit + DRAIN_LIMIT), &request).await?;
-            exit.status = process.exit().map_or(answer.exit_status & 0xff, |exit| exit.status);
+            match vm.task.delete(deadline(vm.request_limit + DRAIN_LIMIT), &request).await.map_err(Status::from) {
+                Ok(answer) => exit.status = process.exit().map_or(answer.exit_status & 0xff, |exit| exit.status),
+                // With the guest all that it had is gone.
+                Err(status) if status.code == Code::UNAVAILABLE => {}
+                Err(status) => return Err(Error::Remote { context: String::new(), status }),
+            }
         }
         if let Some(stdio) = process.take_stdio() {
             stdio.drain(DRAIN_LIMIT).await;

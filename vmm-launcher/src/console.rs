@@ -36,6 +36,8 @@ pub const LOG_BYTES: u64 = 1 << 20;
 const PANIC: &str = "Kernel panic - not syncing: ";
 /// Longer lines are looked at in pieces.
 const MAX_LINE: usize = 512;
+/// As much of the panic as fits a sentence.
+const MAX_WORDS: usize = 200;
 /// How long the rest of the output may take to arrive after the hypervisor has ended.
 const DRAIN: Duration = Duration::from_secs(1);
 /// Ends the VM when typed at a terminal: Ctrl-].
@@ -150,7 +152,8 @@ impl Heard {
         for piece in chunk.split_inclusive(|byte| *byte == b'\n') {
             line.extend_from_slice(piece);
             if let Some((_, words)) = String::from_utf8_lossy(line).split_once(PANIC) {
-                *self.panic.lock().expect("no reader panics") = Some(plain(words).trim().to_owned());
+                *self.panic.lock().expect("no reader panics") =
+                    Some(plain(words).trim().chars().take(MAX_WORDS).collect());
             }
             if line.ends_with(b"\n") || line.len() > MAX_LINE {
                 line.clear();

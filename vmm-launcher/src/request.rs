@@ -2,7 +2,9 @@
 
 use std::{collections::HashSet, fs::File, path::Path};
 
-use caisson_protocol::vmm::{CreateRequest, Device, VmConfig, device::Kind};
+use caisson_protocol::vmm::{CreateRequest, Device, Net, VmConfig, device::Kind};
+
+use nix::net::if_::if_nametoindex;
 
 use crate::{Error, Result, virtiofsd::CACHE_MODES};
 
@@ -12,6 +14,8 @@ const MAX_VSOCK_PATH: usize = 96;
 const MAX_DEVICE_ID: usize = 20;
 /// virtio-fs tags, virtio 1.2 §5.11.4.
 const MAX_TAG: usize = 36;
+/// `MAX_TAP_QUEUES`, drivers/net/tun.c.
+const MAX_QUEUE_PAIRS: u32 = 256;
 /// No kernel boots with less.
 const MIN_MEMORY_MIB: u64 = 16;
 /// The physical addresses of x86-64: 52 bits.
@@ -115,7 +119,7 @@ pub fn check_device(device: &Device) -> Result<()> {
     }
     match kind(device)? {
         Kind::Block(block) => readable("disk", &block.path),
-        Kind::Net(net) => check_net(&net.tap, &net.mac),
+        Kind::Net(net) => check_net(net),
         Kind::Vsock(vsock) => {
             absolute("the vsock socket", &vsock.socket)?;
             if vsock.socket.len() > MAX_VSOCK_PATH {
@@ -158,13 +162,21 @@ pub fn check_device(device: &Device) -> Result<()> {
     }
 }
 
-fn check_net(tap: &str, mac: &str) -> Result<()> {
+fn check_net(net: &Net) -> Result<()> {
+    let (tap, mac) = (net.tap.as_str(), net.mac.as_str());
     // IFNAMSIZ, net/if.h.
     if tap.is_empty() || tap.len() > 15 || tap.bytes().any(|byte| !byte.is_ascii_graphic() || b"/,=".contains(&byte)) {
         return Err(Error::Invalid(format!("\"{}\" is not a network interface's name", tap.escape_debug())));
     }
-    if !Path::new("/sys/class/net").join(tap).exists() {
+    // Asks in this process's network namespace, which /sys may not show.
+    if if_nametoindex(tap).is_err() {
         return Err(Error::Invalid(format!("there is no network interface {tap}")));
+    }
+    if net.queue_pairs > MAX_QUEUE_PAIRS {
+        return Err(Error::Invalid(format!(
+            "{tap} cannot have {} queue pairs: at most {MAX_QUEUE_PAIRS}",
+            net.queue_pairs
+        )));
     }
     let octets: Vec<_> = mac.split(':').collect();
     if octets.len() != 6 || octets.iter().any(|octet| octet.len() != 2 || u8::from_str_radix(octet, 16).is_err()) {
@@ -194,7 +206,7 @@ fn readable(what: &'static str, path: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use caisson_protocol::vmm::{Fs, Net, Vsock};
+    use caisson_protocol::vmm::{Fs, Vsock};
 
     use super::*;
 

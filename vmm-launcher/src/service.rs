@@ -19,7 +19,12 @@ fn answer<T>(result: Result<T>) -> ttrpc::Result<T> {
 
 #[async_trait]
 impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
-    async fn create(&self, _: &TtrpcContext, request: CreateRequest) -> ttrpc::Result<CreateResponse> {
+    async fn create(&self, _: &TtrpcContext, mut request: CreateRequest) -> ttrpc::Result<CreateResponse> {
+        if let Some(vm) = request.vm.as_mut()
+            && vm.hypervisor_path.is_empty()
+        {
+            vm.hypervisor_path = H::DEFAULT_PATH.to_owned();
+        }
         let newborn = answer(self.vm.create(request, Audience::Nobody).await)?;
         Ok(CreateResponse { devices: newborn.devices, pid: newborn.pid, ..Default::default() })
     }

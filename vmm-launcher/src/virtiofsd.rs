@@ -45,9 +45,13 @@ impl Virtiofsd {
         Ok((Self { tag: fs.tag.clone(), process }, connection))
     }
 
-    /// Answers when it has ended, which it should not: what ended, and its last words.
-    pub async fn ended(&self) -> String {
+    /// Answers when it has failed: what ended, and its last words. It also ends when the hypervisor hangs up; that is no
+    /// failure, and never answered.
+    pub async fn failed(&self) -> String {
         let ended = self.process.ended().await;
+        if ended.status.success() {
+            std::future::pending::<()>().await;
+        }
         format!("the file server of share \"{}\" ended: {}", self.tag, self.process.describe(&ended))
     }
 

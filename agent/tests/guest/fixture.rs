@@ -54,9 +54,11 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Boots `$CAISSON_TEST_GUEST/{vmlinux,initrd.img}`, as `image-builder` makes them.
+    /// Boots `vmlinux` with `initrd.img`, or with `rootfs.erofs` where there is none.
     pub async fn boot() -> Self {
-        let images = env::var("CAISSON_TEST_GUEST").expect("CAISSON_TEST_GUEST names a directory with guest images");
+        let built = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/release/guest");
+        let images = env::var("CAISSON_TEST_GUEST").unwrap_or_else(|_| built.into());
+        assert!(Path::new(&images).is_dir(), "no guest images in {images}: run `cargo xtask setup` first");
         let dir = tempfile::tempdir().unwrap();
         let (socket, vhost_user) = (dir.path().join("v"), dir.path().join("u"));
         let backend = VsockBackend::start(UnixListener::bind(&vhost_user).unwrap(), &socket, 3).unwrap();
@@ -356,8 +358,18 @@ pub fn script(script: &str) -> Value {
 fn qemu(images: &Path, vhost_user: &Path, dir: &Path) -> io::Result<Child> {
     // A guest that measures its clock against emulated timers gets it wrong on a busy machine.
     let clock = format!("no_timer_check tsc=reliable tsc_early_khz={}", tsc_khz());
-    Command::new("qemu-system-x86_64")
-        .args(["-M", "microvm,acpi=on,rtc=on,isa-serial=on,memory-backend=mem0", "-accel", "tcg,thread=multi"])
+    let mut qemu = Command::new("qemu-system-x86_64");
+    let initrd = images.join("initrd.img");
+    let root = if initrd.exists() {
+        qemu.arg("-initrd").arg(initrd);
+        ""
+    } else {
+        let image = images.join("rootfs.erofs");
+        qemu.args(["-device", "virtio-blk-device,drive=root,serial=root", "-blockdev"])
+            .arg(format!("driver=raw,node-name=root,read-only=on,file.driver=file,file.filename={}", image.display()));
+        "root=/dev/vda ro rootfstype=erofs"
+    };
+    qemu.args(["-M", "microvm,acpi=on,rtc=on,isa-serial=on,memory-backend=mem0", "-accel", "tcg,thread=multi"])
         .args(["-cpu", "max,la57=off", "-smp", "1", "-m", "512M"])
         .args(["-no-reboot", "-nodefaults", "-no-user-config", "-nographic"])
         .args(["-object", "memory-backend-memfd,id=mem0,size=512M,share=on"])
@@ -373,10 +385,8 @@ fn qemu(images: &Path, vhost_user: &Path, dir: &Path) -> io::Result<Child> {
         .arg(format!("virtio-blk-device,drive=disk,serial={DISK_SERIAL}"))
         .arg("-kernel")
         .arg(images.join("vmlinux"))
-        .arg("-initrd")
-        .arg(images.join("initrd.img"))
         .arg("-append")
-        .arg(format!("console=ttyS0 quiet panic=-1 reboot=t {clock} caisson.log=debug caisson.console=1"))
+        .arg(format!("console=ttyS0 quiet panic=-1 reboot=t {clock} {root} caisson.log=debug caisson.console=1"))
         .arg("-serial")
         .arg(format!("file:{}", dir.join("console").display()))
         .stdin(Stdio::null())

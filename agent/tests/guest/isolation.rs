@@ -11,7 +11,6 @@ fn process(args: &[&str]) -> Value {
 }
 
 #[tokio::test]
-#[ignore = "boots a guest"]
 async fn a_container_has_its_own_names_limits_and_identity() {
     let guest = Guest::boot().await;
     let mut config = script(
@@ -31,7 +30,6 @@ async fn a_container_has_its_own_names_limits_and_identity() {
 }
 
 #[tokio::test]
-#[ignore = "boots a guest"]
 async fn root_keeps_the_capabilities_of_its_configuration_and_no_more() {
     let guest = Guest::boot().await;
     let outcome = guest.run("web", &script("grep -E '^Cap(Eff|Bnd)' /proc/self/status")).await;
@@ -39,7 +37,6 @@ async fn root_keeps_the_capabilities_of_its_configuration_and_no_more() {
 }
 
 #[tokio::test]
-#[ignore = "boots a guest"]
 async fn masked_and_read_only_paths_hold() {
     let guest = Guest::boot().await;
     let mut config = script(
@@ -55,7 +52,6 @@ async fn masked_and_read_only_paths_hold() {
 }
 
 #[tokio::test]
-#[ignore = "boots a guest"]
 async fn seccomp_holds_for_the_container_and_for_further_processes() {
     let guest = Guest::boot().await;
     let mut config = script("mkdir /x; grep Seccomp: /proc/self/status; sleep 60");
@@ -80,7 +76,6 @@ async fn seccomp_holds_for_the_container_and_for_further_processes() {
 }
 
 #[tokio::test]
-#[ignore = "boots a guest"]
 async fn the_cgroup_is_the_containers_own_and_its_limits_hold() {
     let guest = Guest::boot().await;
     let outcome =
@@ -103,7 +98,6 @@ async fn the_cgroup_is_the_containers_own_and_its_limits_hold() {
 }
 
 #[tokio::test]
-#[ignore = "boots a guest"]
 async fn a_container_without_memory_left_is_told() {
     let guest = Guest::boot().await;
     let mut events = guest.guest.events(caisson_protocol::no_deadline(), &EventsRequest::new()).await.unwrap();
@@ -121,11 +115,22 @@ async fn a_container_without_memory_left_is_told() {
 }
 
 #[tokio::test]
-#[ignore = "boots a guest"]
 async fn hooks_of_the_guest_run_in_the_container() {
     let guest = Guest::boot().await;
     let mut config = script("cat /run/hook");
     let hook = json!([{ "path": "/bin/sh", "args": ["sh", "-c", "echo hooked > /run/hook"] }]);
     config["hooks"] = json!({ "startContainer": hook });
     assert_eq!(guest.run("web", &config).await.stdout, "hooked\n");
+}
+
+#[tokio::test]
+async fn a_node_of_the_guests_disk_can_be_made_but_not_opened() {
+    let guest = Guest::boot().await;
+    let read = "mknod /dev/disk b $(cut -d: -f1 /sys/block/vda/dev) 0; busybox head -c 4 /dev/disk | wc -c";
+    let outcome = guest.run("web", &script(read)).await;
+    assert_eq!(outcome.stdout, "0\n", "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("Operation not permitted"), "{}", outcome.stderr);
+    let mut privileged = script(read);
+    privileged["linux"]["resources"]["devices"] = json!([{ "allow": true, "access": "rwm" }]);
+    assert_eq!(guest.run("web", &privileged).await.stdout, "4\n");
 }

@@ -11,6 +11,7 @@ use caisson_protocol::{
 };
 use protobuf::MessageField;
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::fixture::{DISK_SERIAL, Guest, MAC, limit, script};
 
@@ -30,7 +31,6 @@ async fn add(guest: &Guest, storage: Storage) {
 }
 
 #[tokio::test]
-#[ignore = "boots a guest"]
 async fn a_guest_becomes_a_sandbox_once() {
     let guest = Guest::boot().await;
     let request = SetupRequest {
@@ -70,7 +70,6 @@ async fn a_guest_becomes_a_sandbox_once() {
 }
 
 #[tokio::test]
-#[ignore = "boots a guest"]
 async fn a_root_file_system_is_stacked_from_a_disk_and_a_writable_layer() {
     let guest = Guest::boot().await;
     let layer = Storage {
@@ -97,7 +96,6 @@ async fn a_root_file_system_is_stacked_from_a_disk_and_a_writable_layer() {
 }
 
 #[tokio::test]
-#[ignore = "boots a guest"]
 async fn a_container_costs_the_agent_little_memory() {
     let guest = Guest::boot().await;
     let task = guest.create("web", &script("sleep 60")).await.unwrap();
@@ -109,7 +107,6 @@ async fn a_container_costs_the_agent_little_memory() {
 }
 
 #[tokio::test]
-#[ignore = "boots a guest"]
 async fn the_machine_is_told_of_time_entropy_and_processors() {
     let guest = Guest::boot().await;
     let request = SetTimeRequest { unix_ns: 1_900_000_000_000_000_000, ..Default::default() };
@@ -128,7 +125,26 @@ async fn the_machine_is_told_of_time_entropy_and_processors() {
 }
 
 #[tokio::test]
-#[ignore = "boots a guest"]
+async fn a_shell_opens_in_a_guest_that_has_one() {
+    let guest = Guest::boot().await;
+    let layer = Storage {
+        fstype: "erofs".into(),
+        ..storage("block", &format!("serial:{DISK_SERIAL}"), "/run/caisson/layer", &["ro"])
+    };
+    add(&guest, layer).await;
+    add(&guest, storage("bind", "/run/caisson/layer/bin", "/bin", &[])).await;
+    let listener = guest.listener();
+    let request = ConsoleRequest { stream: listener.address().to_string(), ..Default::default() };
+    let (stream, opened) = tokio::join!(listener.accept(), guest.guest.console(limit(), &request));
+    opened.unwrap();
+    let mut stream = stream.unwrap().into_ttrpc();
+    stream.write_all(b"cat /proc/1/comm; exit\n").await.unwrap();
+    let mut said = String::new();
+    stream.read_to_string(&mut said).await.unwrap();
+    assert!(said.contains("\ncaisson-agent\r\n") || said.contains("\ninit\r\n"), "{said}");
+}
+
+#[tokio::test]
 async fn the_guest_powers_off_when_it_is_told_to() {
     let guest = Guest::boot().await;
     guest.guest.info(limit(), &InfoRequest::new()).await.unwrap();
@@ -137,7 +153,6 @@ async fn the_guest_powers_off_when_it_is_told_to() {
 }
 
 #[tokio::test]
-#[ignore = "boots a guest"]
 async fn the_guest_powers_off_when_the_host_has_gone() {
     Guest::boot().await.ended_without_host().await;
 }

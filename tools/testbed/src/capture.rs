@@ -89,7 +89,8 @@ impl Capture {
             found = heard.nth_line(needle, count);
             found.is_none() && !heard.ended
         });
-        found.with_context(|| format!("\"{needle}\" did not come within {limit:?}; heard: {}", tail(&heard.bytes)))
+        let how_long = if heard.ended { "before the end".to_owned() } else { format!("within {limit:?}") };
+        found.with_context(|| format!("\"{needle}\" did not come {how_long}; heard: {}", tail(&heard.bytes)))
     }
 
     /// Waits until the stream ends.

@@ -2,23 +2,14 @@
 
 use std::{
     env,
-    ffi::OsString,
-    fs,
-    os::unix::net::UnixDatagram,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
-    time::Duration,
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
 };
 
-use anyhow::{Context, Result, bail};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use anyhow::{Context, Result};
 
-use crate::{BUSYBOX, Capture, Configuration, Ctr, Installation, Outcome, Scope, leftovers::Baseline};
+use crate::{BUSYBOX, Capture, Configuration, Ctr, Installation, Outcome, Scope, daemon::Daemon, leftovers::Baseline};
 
 /// The runtime under test, by the name that containerd knows it by.
 pub const CAISSON: &str = "io.containerd.caisson.v2";
@@ -26,24 +17,12 @@ pub const CAISSON: &str = "io.containerd.caisson.v2";
 /// proves the tests.
 pub const RUNC: &str = "io.containerd.runc.v2";
 
-const START_LIMIT: Duration = Duration::from_secs(20);
-/// CRI wants a network; the file systems are not there; `opt` would write to /opt and `restart` restarts.
-const DISABLED_PLUGINS: [&str; 7] = [
-    "io.containerd.grpc.v1.cri",
-    "io.containerd.internal.v1.opt",
-    "io.containerd.internal.v1.restart",
-    "io.containerd.snapshotter.v1.aufs",
-    "io.containerd.snapshotter.v1.btrfs",
-    "io.containerd.snapshotter.v1.devmapper",
-    "io.containerd.snapshotter.v1.zfs",
-];
-
 /// A running containerd.
 #[derive(Debug)]
 pub struct Containerd {
     scope: Scope,
-    child: Child,
-    log: Arc<Capture>,
+    programs: PathBuf,
+    daemon: Daemon,
     baseline: Baseline,
     runtime: String,
     next_id: AtomicU32,
@@ -74,10 +53,11 @@ impl Containerd {
         Scope::sweep_abandoned()?;
         let scope = Scope::create()?;
         configuration.write(&scope.dir().join("configuration.toml"))?;
-        let (child, log) = spawn(&scope, &installation.programs).or_else(|error| scope.clear().and(Err(error)))?;
-        let baseline = Baseline::take(scope.clone(), child.id().cast_signed())?;
+        let programs = installation.programs.clone();
+        let daemon = Daemon::start(&scope, &programs).or_else(|error| scope.clear().and(Err(error)))?;
+        let baseline = Baseline::take(scope.clone(), daemon.pid())?;
         let runtime = env::var("TESTBED_RUNTIME").unwrap_or_else(|_| CAISSON.to_owned());
-        let containerd = Self { scope, child, log, baseline, runtime, next_id: AtomicU32::new(1) };
+        let containerd = Self { scope, programs, daemon, baseline, runtime, next_id: AtomicU32::new(1) };
         containerd.import(&installation.archives.busybox)?;
         Ok(containerd)
     }
@@ -92,11 +72,20 @@ impl Containerd {
         Ok(())
     }
 
+    /// Kills containerd and starts it again over the same state, as after a crash or an update.
+    ///
+    /// # Errors
+    /// When it does not come up again.
+    pub fn restart(&mut self) -> Result<()> {
+        self.daemon = self.daemon.replace(&self.scope, &self.programs)?;
+        self.baseline.follow(self.daemon.pid())
+    }
+
     /// `ctr <arguments>`.
     pub fn ctr(&self, arguments: &[&str]) -> Ctr {
         // Its streams and mounts are seen by containerd only from the same mount namespace.
         let mut command = Command::new("nsenter");
-        command.arg(format!("--mount=/proc/{}/ns/mnt", self.child.id()));
+        command.arg(format!("--target={}", self.daemon.pid())).args(["--mount", "--root"]);
         command.arg("ctr").arg("--address").arg(self.scope.dir().join("c.sock"));
         command.arg("--namespace").arg(self.namespace()).args(arguments);
         Ctr::new(command)
@@ -169,9 +158,9 @@ impl Containerd {
         &self.scope
     }
 
-    /// containerd's log, and so the shims' too.
+    /// containerd's log, and so the shims' too; after a restart only what came since.
     pub fn log(&self) -> &Capture {
-        &self.log
+        self.daemon.log()
     }
 
     /// A configuration file beside the one in force, for `--runtime-config-path`.
@@ -197,7 +186,9 @@ impl Containerd {
     #[track_caller]
     pub fn assert_nothing_left(&self) {
         match self.leftovers() {
-            Ok(left) => assert!(left.is_empty(), "left behind:\n{}\nlog:\n{}", left.join("\n"), self.log.text()),
+            Ok(left) => {
+                assert!(left.is_empty(), "left behind:\n{}\nlog:\n{}", left.join("\n"), self.daemon.log().text())
+            }
             Err(error) => panic!("cannot tell what is left behind: {error:#}"),
         }
     }
@@ -205,72 +196,9 @@ impl Containerd {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
+        self.daemon.end();
         if let Err(error) = self.scope.clear() {
             eprintln!("clean up after containerd: {error:#}");
         }
     }
-}
-
-fn spawn(scope: &Scope, programs: &Path) -> Result<(Child, Arc<Capture>)> {
-    let dir = scope.dir();
-    let config = dir.join("containerd.toml");
-    fs::write(&config, settings(dir)).context("write containerd's configuration")?;
-    let ready = UnixDatagram::bind(dir.join("ready.sock")).context("listen for containerd's readiness")?;
-    fs::create_dir_all("/run/containerd").context("make /run/containerd")?;
-
-    let mut command = Command::new("setpriv");
-    // However this process ends, containerd ends with it, and with containerd its mounts.
-    command.args(["--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private", "sh", "-c"]);
-    // The shims' sockets are in /run/containerd, whatever the configuration says.
-    command.arg("mount -t tmpfs tmpfs /run/containerd && exec containerd --config \"$0\"").arg(&config);
-    command.env("PATH", path_with(programs));
-    command.env("CAISSON_RUN_DIR", scope.run_dir());
-    command.env("CAISSON_CONF_FILE", dir.join("configuration.toml"));
-    command.env("NOTIFY_SOCKET", dir.join("ready.sock"));
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut child = command.spawn().context("execute setpriv")?;
-    let log = child.stderr.take().map_or_else(Capture::empty, Capture::of);
-
-    match wait_until_ready(&child, &ready) {
-        Ok(()) => Ok((child, log)),
-        Err(error) => {
-            child.kill().ok();
-            child.wait().ok();
-            log.wait_for_end(START_LIMIT).ok();
-            Err(error.context(format!("start containerd: {}", log.text())))
-        }
-    }
-}
-
-fn settings(dir: &Path) -> String {
-    let dir = dir.display();
-    format!(
-        "version = 2\nroot = \"{dir}/root\"\nstate = \"{dir}/state\"\ndisabled_plugins = {DISABLED_PLUGINS:?}\n\
-         [grpc]\naddress = \"{dir}/c.sock\"\n[ttrpc]\naddress = \"{dir}/c.sock.ttrpc\"\n"
-    )
-}
-
-/// containerd says `READY=1` on `NOTIFY_SOCKET`, `sd_notify(3)`.
-fn wait_until_ready(child: &Child, ready: &UnixDatagram) -> Result<()> {
-    let pid = Pid::from_raw(child.id().cast_signed()).context("process id out of range")?;
-    let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("watch containerd")?;
-    let limit = Timespec::try_from(START_LIMIT)?;
-    let mut watched = [PollFd::new(ready, PollFlags::IN), PollFd::new(&pidfd, PollFlags::IN)];
-    rustix::io::retry_on_intr(|| poll(&mut watched, Some(&limit))).context("wait for containerd")?;
-    if watched[0].revents().contains(PollFlags::IN) {
-        Ok(())
-    } else if watched[1].revents().contains(PollFlags::IN) {
-        bail!("it ended at once")
-    } else {
-        bail!("it was not ready within {START_LIMIT:?}")
-    }
-}
-
-fn path_with(programs: &Path) -> OsString {
-    let mut path = programs.as_os_str().to_owned();
-    path.push(":");
-    path.push(env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()));
-    path
 }

@@ -10,10 +10,14 @@ use std::{
 
 use anyhow::{Context, Result};
 use procfs::process::Process;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::inotify::{self, CreateFlags, WatchFlags},
+};
 
 use crate::scope::{Scope, program_name, wait_until_gone};
 
-/// How long processes may take to end after their container has.
+/// How long processes may take to end after their container has, and containerd to remove a container's files.
 const GRACE: Duration = Duration::from_secs(5);
 /// One per host, and so not one container's to end.
 const HOST_SERVICE: &str = "caisson-config-service";
@@ -39,12 +43,23 @@ impl Baseline {
         Ok(Self { scope, containerd, mounts })
     }
 
-    /// One line for each thing that has been left, after processes had their time to end.
+    /// The process that containerd is from now on.
+    ///
+    /// # Errors
+    /// When there is no such process.
+    pub fn follow(&mut self, containerd: i32) -> Result<()> {
+        self.containerd = Process::new(containerd).context("look at containerd")?;
+        Ok(())
+    }
+
+    /// One line for each thing that has been left, after processes and files had their time to go.
     ///
     /// # Errors
     /// When the machine's state cannot be read.
     pub fn leftovers(&self) -> Result<Vec<String>> {
-        self.wait_for_processes(Instant::now() + GRACE)?;
+        let deadline = Instant::now() + GRACE;
+        self.wait_for_processes(deadline)?;
+        self.wait_for_files(deadline)?;
         let mut left: Vec<String> = self.extra_processes()?.iter().map(describe).collect();
         let mounts = mounts(&self.containerd)?;
         left.extend(mounts.difference(&self.mounts).map(|path| format!("mount {}", path.display())));
@@ -63,6 +78,25 @@ impl Baseline {
                 }
             }
             if processes.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn wait_for_files(&self, deadline: Instant) -> Result<()> {
+        loop {
+            let removals = inotify::init(CreateFlags::CLOEXEC).context("watch directories")?;
+            for dir in self.extra_files()?.iter().filter_map(|file| file.parent()) {
+                // A directory that is gone needs no watch.
+                let _ = inotify::add_watch(&removals, dir, WatchFlags::DELETE | WatchFlags::MOVED_FROM);
+            }
+            // What went before it was watched makes no event.
+            if self.extra_files()?.is_empty() {
+                return Ok(());
+            }
+            let limit = Timespec::try_from(deadline.saturating_duration_since(Instant::now()))?;
+            let mut watched = [PollFd::new(&removals, PollFlags::IN)];
+            if rustix::io::retry_on_intr(|| poll(&mut watched, Some(&limit))).context("wait for removals")? == 0 {
                 return Ok(());
             }
         }

@@ -20,6 +20,7 @@ mod capture;
 mod configuration;
 mod containerd;
 mod ctr;
+mod daemon;
 pub mod image;
 mod images;
 mod installation;

@@ -114,6 +114,14 @@ impl Session {
         &self.stderr
     }
 
+    /// Waits until standard output contains `text`.
+    ///
+    /// # Errors
+    /// When it ends or `limit` passes without; the error shows both streams.
+    pub fn wait_for(&self, text: &str, limit: Duration) -> Result<String> {
+        self.stdout.wait_for(text, limit).with_context(|| format!("standard error: {}", self.stderr.text()))
+    }
+
     /// Types `text`.
     ///
     /// # Errors
@@ -243,7 +251,7 @@ mod tests {
     #[test]
     fn a_program_that_outstays_its_limit_is_killed_and_its_words_are_kept() {
         let session = Session::start(sh("echo begun; exec sleep 60")).unwrap();
-        session.stdout().wait_for("begun", LIMIT).unwrap();
+        session.wait_for("begun", LIMIT).unwrap();
         let error = session.wait(Duration::from_millis(1)).unwrap_err().to_string();
         assert!(error.contains("begun"), "{error}");
     }
@@ -252,7 +260,7 @@ mod tests {
     fn what_is_fed_arrives_and_then_ends() {
         let mut session = Session::start(sh("cat")).unwrap();
         session.feed(b"all of it".to_vec());
-        assert_eq!(session.stdout().wait_for("all of it", LIMIT).unwrap(), "all of it");
+        assert_eq!(session.wait_for("all of it", LIMIT).unwrap(), "all of it");
         assert_eq!(session.wait(LIMIT).unwrap().code, 0);
     }
 

@@ -6,7 +6,7 @@ use caisson_protocol::{
     deadline,
     status::{Code, Status},
     vmm::{
-        self, AttachRequest, Balloon, Block, Console, CreateRequest, DetachRequest, ExitReason, Fs, Rng, Vsock,
+        self, AttachRequest, Balloon, Block, Console, CreateRequest, DetachRequest, ExitReason, Fs, Net, Rng, Vsock,
         device::Kind,
     },
 };
@@ -88,16 +88,17 @@ async fn a_disk_comes_and_goes_while_q35_runs() {
         vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
     launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, "guest: disks .").await;
+    launcher.until_console_has(&log, "guest: disks ").await;
 
     let attach =
         AttachRequest { device: Some(device("late", disk(&images, "late", true))).into(), ..Default::default() };
     let attached = launcher.client.attach(deadline(LIMIT), &attach).await.unwrap();
     assert_eq!(attached.device.address, "serial:late");
-    launcher.until_console_has(&log, "guest: disks late.").await;
+    launcher.until_console_has(&log, "guest: disks late").await;
 
     let detach = DetachRequest { id: "late".into(), ..Default::default() };
     launcher.client.detach(deadline(LIMIT), &detach).await.unwrap();
+    launcher.until_console_has(&log, "guest: disks late\r\nguest: disks ").await;
     let twice = Status::from(launcher.client.detach(deadline(LIMIT), &detach).await.unwrap_err());
     assert_eq!(twice.code, Code::INVALID_ARGUMENT);
 }
@@ -112,6 +113,23 @@ async fn a_disk_cannot_come_while_microvm_runs() {
     let status = Status::from(launcher.client.attach(deadline(LIMIT), &attach).await.unwrap_err());
     assert_eq!(status.code, Code::UNIMPLEMENTED);
     assert!(status.message.contains("q35"), "{status}");
+}
+
+#[tokio::test]
+async fn a_guest_finds_the_card_on_its_tap() {
+    let Some(images) = Images::find() else { return };
+    // This thread's own network, which the launcher inherits.
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    let made = std::process::Command::new("ip").args(["tuntap", "add", "tap0", "mode", "tap"]).status().unwrap();
+    assert!(made.success());
+    let launcher = Launcher::start().await;
+    let mut request = launcher.request(&images, "list");
+    let net = Net { tap: "tap0".into(), mac: "02:00:00:00:12:34".into(), ..Default::default() };
+    request.vm.as_mut().unwrap().devices = vec![device("net", Kind::Net(net))];
+    launcher.create(&request).await.unwrap();
+    launcher.boot().await.unwrap();
+    let exit = launcher.wait().await;
+    assert!(exit.console_tail.contains("guest: card 02:00:00:00:12:34"), "{exit}");
 }
 
 #[tokio::test]

@@ -35,7 +35,7 @@ export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
-while read -r module; do insmod "/lib/modules/$module" 2>/dev/null; done < /lib/modules/order
+while read -r module; do insmod "$module"; done < /lib/modules/order
 echo "guest: up"
 case "$(cat /proc/cmdline)" in
 *do=poweroff*) poweroff -f ;;
@@ -50,7 +50,7 @@ case "$(cat /proc/cmdline)" in
     seen=none
     while :; do
         now=$(echo /sys/block/vd*/serial)
-        [ "$now" = "$seen" ] || { echo "guest: disks $(cat $now 2>/dev/null)."; seen=$now; }
+        [ "$now" = "$seen" ] || { echo "guest: disks $(cat $now 2>/dev/null)"; seen=$now; }
         usleep 100000
     done ;;
 *do=echo*) read -r line; echo "guest: heard $line"; poweroff -f ;;

@@ -46,11 +46,22 @@ fn a_killed_file_system_daemon_does_not_keep_the_container_from_being_removed() 
     Ok(())
 }
 
+#[test]
+fn a_container_outlives_containerd_and_is_its_successors() -> Result<()> {
+    let mut containerd = Containerd::of_this_build()?;
+    let id = containerd.run_detached(&[], &["sleep", "600"])?;
+    containerd.restart()?;
+    assert_eq!(containerd.exec(&id, &["echo", "here"]).run()?.stdout_text(), "here\n");
+    containerd.remove(&id)?;
+    containerd.assert_nothing_left();
+    Ok(())
+}
+
 /// Starts a container, kills a program of its sandbox, and waits for what `ctr run` makes of that.
 fn run_and_kill(containerd: &Containerd, program: &str) -> Result<Outcome> {
     let id = containerd.fresh_id();
     let session = containerd.prepare(&[], BUSYBOX, &id, &["sh", "-c", "echo up; exec sleep 600"]).start()?;
-    session.stdout().wait_for("up", LIMIT)?;
+    session.wait_for("up", LIMIT)?;
     kill_all(containerd, program)?;
     session.wait(LIMIT)
 }

@@ -29,7 +29,7 @@ fn a_killed_container_exits_with_137() -> Result<()> {
     let containerd = Containerd::of_this_build()?;
     let id = containerd.fresh_id();
     let session = containerd.prepare(&[], BUSYBOX, &id, &["sh", "-c", "echo up; exec sleep 600"]).start()?;
-    session.stdout().wait_for("up", LIMIT)?;
+    session.wait_for("up", LIMIT)?;
     containerd.ctr(&["tasks", "kill", "--signal", "SIGKILL", &id]).run()?.success()?;
     assert_eq!(session.wait(LIMIT)?.code, 137);
     containerd.assert_nothing_left();

@@ -19,7 +19,7 @@ fn a_container_that_still_runs_is_named_among_what_is_left() -> Result<()> {
     let containerd = Containerd::of_this_build()?;
     let id = containerd.fresh_id();
     let session = containerd.prepare_with(RUNC, &[], BUSYBOX, &id, &["sh", "-c", "echo up; exec sleep 60"]).start()?;
-    session.stdout().wait_for("up", Duration::from_secs(30))?;
+    session.wait_for("up", Duration::from_secs(30))?;
     let left = containerd.leftovers()?.join("\n");
     for part in ["containerd-shim-runc-v2", "sleep 60", "mount ", "cgroup ", "file "] {
         assert!(left.contains(part), "no \"{part}\" in:\n{left}");

@@ -13,7 +13,7 @@ fn exec_has_streams_and_an_exit_code_of_its_own() -> Result<()> {
     let containerd = Containerd::of_this_build()?;
     let id = containerd.run_detached(&[], &["sleep", "600"])?;
     let mut session = containerd.exec(&id, &["sh", "-c", "echo up; cat; echo err >&2; exit 7"]).start()?;
-    session.stdout().wait_for("up", LIMIT)?;
+    session.wait_for("up", LIMIT)?;
     session.feed(b"through\n".to_vec());
     let outcome = session.wait(LIMIT)?;
     assert_eq!((outcome.code, outcome.stdout_text().as_str(), outcome.stderr.as_str()), (7, "up\nthrough\n", "err\n"));
@@ -31,7 +31,7 @@ fn exec_on_a_terminal_has_one() -> Result<()> {
     let exec_id = containerd.fresh_id();
     let exec = containerd.ctr(&["tasks", "exec", "--tty", "--exec-id", &exec_id, &id, "sh", "-c", "tty; read line"]);
     let mut session = exec.start_on_terminal(24, 80)?;
-    session.stdout().wait_for("/dev/pts/0", LIMIT)?;
+    session.wait_for("/dev/pts/0", LIMIT)?;
     session.write(b"\r")?;
     assert_eq!(session.wait(LIMIT)?.code, 0);
     containerd.remove(&id)?;
@@ -57,7 +57,7 @@ fn kill_asks_the_container_to_end() -> Result<()> {
     let containerd = Containerd::of_this_build()?;
     let id = containerd.fresh_id();
     let session = containerd.prepare(&[], BUSYBOX, &id, &["sh", "-c", OBEDIENT]).start()?;
-    session.stdout().wait_for("up", LIMIT)?;
+    session.wait_for("up", LIMIT)?;
     containerd.ctr(&["tasks", "kill", &id]).run()?.success()?;
     let outcome = session.wait(LIMIT)?;
     assert_eq!((outcome.code, outcome.stdout_text().as_str()), (3, "up\ntold\n"));

@@ -6,6 +6,7 @@ mod crashes;
 mod errors;
 mod exit;
 mod fixture;
+mod guest;
 mod lifecycle;
 mod limits;
 mod pod;

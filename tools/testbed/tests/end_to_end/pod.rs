@@ -51,7 +51,7 @@ fn the_pods_end_ends_its_containers() -> Result<()> {
     let id = containerd.fresh_id();
     let command = ["sh", "-c", "echo up; exec sleep 600"];
     let session = containerd.prepare(&member, caisson_testbed::BUSYBOX, &id, &command).start()?;
-    session.stdout().wait_for("up", LIMIT)?;
+    session.wait_for("up", LIMIT)?;
 
     let qemu = containerd.scope().processes_named("qemu-system-x86_64")?;
     qemu.iter().try_for_each(|process| caisson_testbed::kill(process, LIMIT))?;

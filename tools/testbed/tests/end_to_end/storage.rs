@@ -48,7 +48,8 @@ fn a_single_file_can_be_bound() -> Result<()> {
 fn a_tmpfs_is_a_tmpfs() -> Result<()> {
     let containerd = Containerd::of_this_build()?;
     let mount = "type=tmpfs,src=tmpfs,dst=/scratch,options=size=1m";
-    let script = "awk '$2 == \"/scratch\" { print $3 }' /proc/mounts; head -c 2M /dev/zero > /scratch/x || echo full";
+    let script = "awk '$2 == \"/scratch\" { print $3 }' /proc/mounts; dd if=/dev/zero of=/scratch/x bs=1M count=1; \
+                  dd if=/dev/zero of=/scratch/y bs=1k count=1 || echo full";
     let outcome = containerd.run(&["--mount", mount], &["sh", "-c", script])?.success()?;
     assert_eq!(outcome.stdout_text(), "tmpfs\nfull\n");
     containerd.assert_nothing_left();

@@ -22,7 +22,7 @@ fn a_hundred_megabytes_of_output_arrive_complete_and_in_order() -> Result<()> {
     let containerd = Containerd::of_this_build()?;
     let script = format!(
         "head -c {BLOCK} /dev/urandom > /dev/shm/block; sha256sum < /dev/shm/block >&2; \
-         i=100; while [ $i -lt 200 ]; do printf $i; cat /dev/shm/block; i=$((i + 1)); done; cat /dev/shm/block | sha256sum"
+         i=100; while [ $i -lt 200 ]; do printf $i; dd if=/dev/shm/block bs=1M 2>/dev/null; i=$((i + 1)); done; cat /dev/shm/block | sha256sum"
     );
     let outcome = containerd.run(&[], &["sh", "-c", &script])?.success()?;
     let blocks: Vec<&[u8]> = outcome.stdout.chunks(BLOCK + 3).collect();
@@ -56,7 +56,7 @@ fn the_end_of_standard_input_is_seen_in_the_container() -> Result<()> {
     let script = "echo up; wc -c; echo done";
     let mut session = containerd.prepare(&[], BUSYBOX, &containerd.fresh_id(), &["sh", "-c", script]).start()?;
     // ctr itself forgets an end that comes before the container has started.
-    session.stdout().wait_for("up", LIMIT)?;
+    session.wait_for("up", LIMIT)?;
     session.feed(b"12345".to_vec());
     assert_eq!(session.wait(LIMIT)?.success()?.stdout_text(), "up\n5\ndone\n");
     containerd.assert_nothing_left();
@@ -69,9 +69,9 @@ fn a_terminal_follows_the_size_of_the_users() -> Result<()> {
     let script = "trap 'stty size' WINCH; trap 'exit 9' INT; stty size; while :; do sleep 60 & wait; done";
     let ctr = containerd.prepare(&["--tty"], BUSYBOX, &containerd.fresh_id(), &["sh", "-c", script]);
     let mut session = ctr.start_on_terminal(33, 77)?;
-    session.stdout().wait_for("33 77", LIMIT)?;
+    session.wait_for("33 77", LIMIT)?;
     session.resize(50, 132)?;
-    session.stdout().wait_for("50 132", LIMIT)?;
+    session.wait_for("50 132", LIMIT)?;
     // The interrupt key: the guest's terminal makes a signal of it.
     session.write(b"\x03")?;
     assert_eq!(session.wait(LIMIT)?.code, 9);
@@ -85,7 +85,7 @@ fn a_terminal_echoes_and_ends_lines_as_terminals_do() -> Result<()> {
     let script = "test -t 0 && test -t 1 && echo terminal; read line; echo got $line";
     let ctr = containerd.prepare(&["--tty"], BUSYBOX, &containerd.fresh_id(), &["sh", "-c", script]);
     let mut session = ctr.start_on_terminal(24, 80)?;
-    session.stdout().wait_for("terminal", LIMIT)?;
+    session.wait_for("terminal", LIMIT)?;
     session.write(b"words\r")?;
     let outcome = session.wait(LIMIT)?.success()?;
     // Each of the two terminals, the container's and the user's, makes a carriage return of its own.

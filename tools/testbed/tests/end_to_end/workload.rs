@@ -25,7 +25,7 @@ fn nginx_as_a_container_of_its_own_answers_an_exec_and_ends_when_asked() -> Resu
     let id = containerd.fresh_id();
     let script = "trap 'nginx -s quit; exit 5' TERM; nginx && echo ready; while :; do sleep 600 & wait; done";
     let session = containerd.prepare(&[], NGINX, &id, &["sh", "-c", script]).start()?;
-    session.stdout().wait_for("ready", crate::LIMIT)?;
+    session.wait_for("ready", crate::LIMIT)?;
     let outcome = containerd.exec(&id, &["wget", "-qO-", "http://127.0.0.1/"]).run()?.success()?;
     assert_eq!(outcome.stdout_text(), "<h1>served from a pod of its own</h1>\n");
     containerd.ctr(&["tasks", "kill", &id]).run()?.success()?;

@@ -107,9 +107,11 @@ impl CommandLine {
     }
 
     pub fn net(&mut self, id: &str, net: &Net) {
-        // Several queue pairs need a tap that was made for them, opened once for each.
-        self.push("-netdev", format!("tap,id=net-{id},ifname={},script=no,downscript=no", net.tap));
-        self.device("virtio-net", id, &format!("netdev=net-{id},mac={}{}", net.mac, self.no_rom()));
+        // Several queue pairs need a tap that was made for them.
+        let (queues, several) =
+            if net.queue_pairs > 1 { (format!(",queues={}", net.queue_pairs), ",mq=on") } else { (String::new(), "") };
+        self.push("-netdev", format!("tap,id=net-{id},ifname={},script=no,downscript=no{queues}", net.tap));
+        self.device("virtio-net", id, &format!("netdev=net-{id},mac={}{several}{}", net.mac, self.no_rom()));
     }
 
     /// `connection` leads to virtiofsd.
@@ -228,7 +230,7 @@ mod tests {
         let (mut microvm, mut q35) = (line(MachineType::Microvm), line(MachineType::Q35));
         microvm.rng("rng", "/dev/urandom");
         q35.rng("rng", "/dev/urandom");
-        assert_eq!(value(&microvm, "-device"), "virtio-rng-device,id=rng,rng=rng-rng");
-        assert_eq!(value(&q35, "-device"), "virtio-rng-pci,id=rng,rng=rng-rng");
+        assert_eq!(microvm.arguments.last().unwrap(), "virtio-rng-device,id=rng,rng=rng-rng");
+        assert_eq!(q35.arguments.last().unwrap(), "virtio-rng-pci,id=rng,rng=rng-rng");
     }
 }

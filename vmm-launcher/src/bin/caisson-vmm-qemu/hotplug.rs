@@ -51,44 +51,13 @@ impl Slots {
     /// Adds `device`, and answers where the guest finds it.
     pub async fn attach(&self, device: &Device, qmp: &Qmp) -> Result<String> {
         let id = device.id.as_str();
-        let (host, forget, driver, properties, address) = match request::kind(device)? {
-            Kind::Block(block) => {
-                let node = format!("disk-{id}");
-                let file = json!({ "driver": block_driver(&block.path), "filename": block.path });
-                let host = json!({ "driver": "raw", "node-name": node, "read-only": block.read_only, "file": file });
-                (
-                    ("blockdev-add", host),
-                    ("blockdev-del", json!({ "node-name": node })),
-                    "virtio-blk-pci",
-                    json!({ "drive": node, "serial": id }),
-                    format!("serial:{id}"),
-                )
-            }
-            Kind::Net(net) => {
-                let netdev = format!("net-{id}");
-                let host =
-                    json!({ "type": "tap", "id": netdev, "ifname": net.tap, "script": "no", "downscript": "no" });
-                (
-                    ("netdev_add", host),
-                    ("netdev_del", json!({ "id": netdev })),
-                    "virtio-net-pci",
-                    json!({ "netdev": netdev, "mac": net.mac, "romfile": "" }),
-                    String::new(),
-                )
-            }
-            other => {
-                let kind = request::kind_name(other);
-                return Err(Error::Unsupported(format!("attaching a {kind} device is not supported with qemu")));
-            }
-        };
+        let Parts { add, forget, mut device_add, address } = parts(device)?;
         let slot = self.take(id, &forget)?;
-        let mut arguments = properties;
-        arguments["driver"] = driver.into();
-        arguments["id"] = id.into();
-        arguments["bus"] = bus(slot).into();
+        device_add["id"] = id.into();
+        device_add["bus"] = bus(slot).into();
         let attached = async {
-            qmp.execute(host.0, host.1).await?;
-            if let Err(error) = qmp.execute("device_add", arguments).await {
+            qmp.execute(add.0, add.1).await?;
+            if let Err(error) = qmp.execute("device_add", device_add).await {
                 qmp.execute(forget.0, forget.1).await?;
                 return Err(error);
             }
@@ -157,6 +126,46 @@ impl Slots {
         let devices = &mut *self.devices.lock().expect("nobody panics with the slots");
         if let Some(attached) = devices.attached.remove(id) {
             devices.free.push(attached.slot);
+        }
+    }
+}
+
+/// What makes and ends a device: its host's side, and then its guest's side.
+struct Parts {
+    add: (&'static str, Value),
+    forget: (&'static str, Value),
+    device_add: Value,
+    address: String,
+}
+
+fn parts(device: &Device) -> Result<Parts> {
+    let id = device.id.as_str();
+    match request::kind(device)? {
+        Kind::Block(block) => {
+            let node = format!("disk-{id}");
+            let file = json!({ "driver": block_driver(&block.path), "filename": block.path });
+            let add = json!({ "driver": "raw", "node-name": node, "read-only": block.read_only, "file": file });
+            Ok(Parts {
+                add: ("blockdev-add", add),
+                forget: ("blockdev-del", json!({ "node-name": node })),
+                device_add: json!({ "driver": "virtio-blk-pci", "drive": node, "serial": id }),
+                address: format!("serial:{id}"),
+            })
+        }
+        Kind::Net(net) => {
+            let netdev = format!("net-{id}");
+            let mut add = json!({ "type": "tap", "id": netdev, "ifname": net.tap, "script": "no", "downscript": "no" });
+            let mut device_add = json!({ "driver": "virtio-net-pci", "netdev": netdev, "mac": net.mac, "romfile": "" });
+            if net.queue_pairs > 1 {
+                add["queues"] = net.queue_pairs.into();
+                device_add["mq"] = true.into();
+            }
+            let forget = ("netdev_del", json!({ "id": netdev }));
+            Ok(Parts { add: ("netdev_add", add), forget, device_add, address: String::new() })
+        }
+        other => {
+            let kind = request::kind_name(other);
+            Err(Error::Unsupported(format!("attaching a {kind} device is not supported with qemu")))
         }
     }
 }

@@ -44,6 +44,8 @@ const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 const HELPER_AFTER_QEMU: Duration = Duration::from_secs(1);
 /// How much later a helper's end may be heard of than that of the QEMU that ended by it.
 const HELPER_BEFORE_QEMU: Duration = Duration::from_millis(100);
+/// How much later than its connection QEMU may end.
+const QEMU_AFTER_QMP: Duration = Duration::from_secs(1);
 /// One local interrupt controller each, without x2APIC.
 const MAX_VCPUS: u32 = 255;
 /// The image is the first disk.
@@ -138,7 +140,7 @@ impl Hypervisor for Qemu {
         let (ended, helper) = tokio::select! {
             ended = self.process.ended() => (ended, None),
             // It ends when QEMU does, and may be heard of first. Without QEMU's end, a guest whose file system is gone hangs.
-            helper = any_ended(&helpers.file_servers) => match timeout(HELPER_AFTER_QEMU, self.process.ended()).await {
+            helper = any_failed(&helpers.file_servers) => match timeout(HELPER_AFTER_QEMU, self.process.ended()).await {
                 Ok(ended) => (ended, None),
                 Err(_) => {
                     self.process.kill();
@@ -222,9 +224,16 @@ async fn ready(process: &Process, qmp: &Qmp, file_servers: &[Virtiofsd]) -> Resu
         tokio::select! {
             // A helper that died explains a QEMU that died of it.
             biased;
-            helper = any_ended(file_servers) => Err(Error::Hypervisor(helper)),
+            helper = any_failed(file_servers) => Err(Error::Hypervisor(helper)),
             ended = process.ended() => Err(did_not_start(process, &ended, file_servers).await),
-            ready = qmp.negotiate() => ready,
+            ready = qmp.negotiate() => match ready {
+                Ok(()) => Ok(()),
+                // QEMU greets before it makes its machine; when that fails, its connection ends before it does.
+                Err(error) => match timeout(QEMU_AFTER_QMP, process.ended()).await {
+                    Ok(ended) => Err(did_not_start(process, &ended, file_servers).await),
+                    Err(_) => Err(error),
+                }
+            }
         }
     };
     timeout(START_DEADLINE, ready).await.unwrap_or_else(|_| {
@@ -235,7 +244,7 @@ async fn ready(process: &Process, qmp: &Qmp, file_servers: &[Virtiofsd]) -> Resu
 
 async fn did_not_start(process: &Process, ended: &Ended, file_servers: &[Virtiofsd]) -> Error {
     // QEMU notices a helper's end by its socket, which closes before the helper has quite ended.
-    let helper = timeout(HELPER_BEFORE_QEMU, any_ended(file_servers)).await;
+    let helper = timeout(HELPER_BEFORE_QEMU, any_failed(file_servers)).await;
     Error::Hypervisor(helper.unwrap_or_else(|_| format!("QEMU did not start: {}", process.describe(ended))))
 }
 
@@ -265,8 +274,8 @@ impl Qemu {
 }
 
 /// Answers with the words of the first that ends; never when there is none.
-async fn any_ended(file_servers: &[Virtiofsd]) -> String {
-    let mut ends: Vec<_> = file_servers.iter().map(|file_server| Box::pin(file_server.ended())).collect();
+async fn any_failed(file_servers: &[Virtiofsd]) -> String {
+    let mut ends: Vec<_> = file_servers.iter().map(|file_server| Box::pin(file_server.failed())).collect();
     std::future::poll_fn(|context| {
         ends.iter_mut()
             .map(|end| end.as_mut().poll(context))
