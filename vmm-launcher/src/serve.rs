@@ -5,10 +5,17 @@ use std::{sync::Arc, time::Duration};
 use anyhow::Context;
 use caisson_protocol::{listen, vmm_ttrpc};
 use nix::sys::{prctl::set_pdeathsig, signal::Signal};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::timeout,
+};
+use tracing::info;
 use ttrpc::asynchronous::Server;
 
 use crate::{hypervisor::Hypervisor, service::Service, vm::Vm};
+
+/// How long the VM may take to end by force; less than the shim waits for this program.
+const END_LIMIT: Duration = Duration::from_secs(4);
 
 pub(crate) async fn serve<H: Hypervisor>() -> anyhow::Result<()> {
     let mut terminated = signal(SignalKind::terminate())?;
@@ -25,6 +32,7 @@ pub(crate) async fn serve<H: Hypervisor>() -> anyhow::Result<()> {
         _ = terminated.recv() => {}
         _ = interrupted.recv() => {}
     }
-    vm.stop(Duration::ZERO).await;
-    Ok(())
+    info!("told to end");
+    // Should the VM not end in time, the kernel kills it when this process ends.
+    timeout(END_LIMIT, vm.stop(Duration::ZERO)).await.context("end the VM in time")
 }
