@@ -31,7 +31,7 @@ fn the_file_has_every_key_with_its_default() {
     let mut hypervisor = defaults(HYPERVISOR);
     // The two that the file sets, being for one hypervisor and one image.
     hypervisor.insert("path", "/usr/bin/qemu-system-x86_64".into());
-    hypervisor.insert("initrd", "/usr/share/caisson/initrd".into());
+    hypervisor.insert("initrd", "/usr/share/caisson/initrd.img".into());
     assert_eq!(written(&file["hypervisor"]["qemu"]), hypervisor);
     assert_eq!(written(&file["agent"]), defaults(AGENT));
     assert_eq!(written(&file["runtime"]), defaults(RUNTIME));
