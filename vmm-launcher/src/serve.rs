@@ -4,7 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::Context;
 use caisson_protocol::{listen, vmm_ttrpc};
-use nix::sys::{prctl::set_pdeathsig, signal::Signal};
+use nix::sys::{
+    prctl::set_pdeathsig,
+    signal::{SigSet, Signal},
+};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::timeout,
@@ -18,6 +21,8 @@ use crate::{hypervisor::Hypervisor, service::Service, vm::Vm};
 const END_LIMIT: Duration = Duration::from_secs(4);
 
 pub(crate) async fn serve<H: Hypervisor>() -> anyhow::Result<()> {
+    // A parent that blocks them passes that on.
+    SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]).thread_unblock().context("take signals")?;
     let mut terminated = signal(SignalKind::terminate())?;
     let mut interrupted = signal(SignalKind::interrupt())?;
     // Whoever started this program owns the VM.
