@@ -7,6 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
+use caisson_protocol::guest::ConsoleRequest;
 use nix::{
     fcntl::OFlag,
     pty::{grantpt, posix_openpt, ptsname_r, unlockpt},
@@ -23,15 +24,16 @@ use crate::{
 pub const CONSOLE: &str = "console";
 const SHELLS: [&str; 2] = ["/bin/bash", "/bin/sh"];
 
-/// Opens a shell on the stream that `address` names; it ends with the stream.
+/// Opens a shell on the stream that `request` names; it ends with the stream.
 ///
 /// # Errors
 /// When the guest has no shell, or nobody accepts.
-pub async fn open(reaper: &Reaper, address: &str) -> Result<()> {
+pub async fn open(reaper: &Reaper, request: &ConsoleRequest) -> Result<()> {
     let shell = SHELLS.into_iter().find(|shell| Path::new(shell).exists());
-    let shell = shell.ok_or_else(|| Error::NotFound("the guest has no shell".into()))?;
+    let shell =
+        shell.ok_or_else(|| Error::NotFound("the guest has no shell: its root file system needs a /bin/sh".into()))?;
     // Both directions on one connection.
-    let connections = Connections::dial_both(address).await?;
+    let connections = Connections::dial_both(&request.stream).await?;
     let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).attempt("open a terminal")?;
     grantpt(&master).and_then(|()| unlockpt(&master)).attempt("open a terminal")?;
     let terminal = ptsname_r(&master).attempt("open a terminal")?;
@@ -44,6 +46,9 @@ pub async fn open(reaper: &Reaper, address: &str) -> Result<()> {
         .attempt("start a shell")?;
     let end = reaper.watch(Pid::from_raw(child.id().cast_signed()));
     let streams = connections.into_terminal(OwnedFd::from(master))?;
+    if let (Ok(columns @ 1..), Ok(rows @ 1..)) = (request.columns.try_into(), request.rows.try_into()) {
+        streams.resize(columns, rows)?;
+    }
     tokio::spawn(async move {
         let _ = end.await;
         drop(streams);

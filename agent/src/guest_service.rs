@@ -178,7 +178,7 @@ impl Guest for GuestService {
             let reason = "a shell in the guest is not allowed: the configuration has no debug console";
             return Err(Status::new(Code::PERMISSION_DENIED, reason).into());
         }
-        console::open(&self.containers.reaper, &request.stream).await?;
+        console::open(&self.containers.reaper, &request).await?;
         Ok(ConsoleResponse::new())
     }
 

@@ -5,15 +5,15 @@
 use std::path::PathBuf;
 
 use caisson_protocol::config::SandboxConfig;
+use glob::Pattern;
 use toml::Value;
 
 use crate::{
-    backend::BackendOption,
-    document::{Content, Entry, Table},
+    document::{Content, Entry, Table, find},
     files::Wanted,
-    hypervisor::Hypervisor,
-    keys::{AGENT, HYPERVISOR, Key, RUNTIME, Takes},
-    problem::{Place, Problem, describe, suggest},
+    keys::{AGENT, Draft, HYPERVISOR, Key, RUNTIME, Takes, valid_paths},
+    launchers::LauncherOption,
+    problem::{Place, Problem, describe, nearest, quote, suggest},
 };
 
 /// One value that is in force.
@@ -28,23 +28,23 @@ pub struct Setting {
 }
 
 impl Setting {
-    /// `default`, or the file and line.
+    /// `default`, the file and line, or the annotation.
     pub fn origin(&self) -> String {
-        self.origin.as_ref().map_or_else(|| "default".to_owned(), |at| format!("{}:{}", at.file.display(), at.line))
+        self.origin.as_ref().map_or_else(|| "default".to_owned(), Place::line)
     }
 }
 
 /// A file that a setting names.
 #[derive(Debug)]
 pub(crate) struct NamedFile {
-    pub(crate) key: &'static str,
+    /// The setting's place among the settings.
     pub(crate) setting: usize,
     pub(crate) path: PathBuf,
     pub(crate) wanted: Wanted,
 }
 
 /// What came of a document: a configuration to use if there are no problems.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Checked {
     pub(crate) config: SandboxConfig,
     pub(crate) settings: Vec<Setting>,
@@ -52,22 +52,38 @@ pub(crate) struct Checked {
     pub(crate) problems: Vec<Problem>,
 }
 
-/// Checks `document` for `hypervisor`. `options` are its backend's, none when they could not be had; tables of other
+/// Checks `document` for `hypervisor`. `options` are its launcher's, none when they could not be had; tables of other
 /// hypervisors are not looked into.
-pub(crate) fn check(document: &Table, hypervisor: Option<&Hypervisor>, options: Option<&[BackendOption]>) -> Checked {
-    let mut checked = Checked::default();
-    checked.top_level(document);
+pub(crate) fn check(document: &Table, hypervisor: Option<&str>, options: Option<&[LauncherOption]>) -> Checked {
+    let mut check = Check::default();
+    check.top_level(document);
     if let Some(hypervisor) = hypervisor {
-        checked.config.hypervisor.clone_from(&hypervisor.name);
-        let table = document.get("hypervisor").and_then(|entry| table_in(entry)?.get(&hypervisor.name));
-        checked.hypervisor(&format!("hypervisor.{}", hypervisor.name), table, options);
+        check.draft.config.hypervisor = hypervisor.to_owned();
+        check.hypervisor(hypervisor, find(document, &["hypervisor", hypervisor]), options);
     }
-    checked.section("agent", document.get("agent"), AGENT);
-    checked.section("runtime", document.get("runtime"), RUNTIME);
-    checked
+    check.section("agent", document.get("agent"), AGENT);
+    check.section("runtime", document.get("runtime"), RUNTIME);
+    let Check { draft, settings, files, problems } = check;
+    Checked { config: draft.finish(), settings, files, problems }
 }
 
-impl Checked {
+/// What is wrong with the table of a `hypervisor` that is not chosen, by itself.
+pub(crate) fn check_unused(document: &Table, hypervisor: &str, options: Option<&[LauncherOption]>) -> Vec<Problem> {
+    let mut check = Check::default();
+    check.hypervisor(hypervisor, find(document, &["hypervisor", hypervisor]), options);
+    check.problems
+}
+
+/// A check under way.
+#[derive(Default)]
+struct Check {
+    draft: Draft,
+    settings: Vec<Setting>,
+    files: Vec<NamedFile>,
+    problems: Vec<Problem>,
+}
+
+impl Check {
     fn top_level(&mut self, document: &Table) {
         for (key, entry) in document {
             match (key.as_str(), &entry.content) {
@@ -85,32 +101,50 @@ impl Checked {
         }
     }
 
-    fn hypervisor(&mut self, section: &str, entry: Option<&Entry>, options: Option<&[BackendOption]>) {
-        let table = self.table(section, entry);
+    fn hypervisor(&mut self, name: &str, entry: Option<&Entry>, options: Option<&[LauncherOption]>) {
+        let section = format!("hypervisor.{name}");
+        let table = self.table(&section, entry);
         for key in HYPERVISOR {
             let default = options.and_then(|options| options.iter().find(|option| option.key == key.name)?.default());
-            self.apply(section, key, table.get(key.name), default);
+            self.apply(&section, key, table.get(key.name), default);
         }
         let Some(options) = options else { return };
-        let mut own = toml::Table::new();
-        for (name, entry) in table.iter().filter(|(name, _)| !is_key(HYPERVISOR, name)) {
+        let own: Vec<_> = options.iter().filter(|option| !is_key(HYPERVISOR, &option.key)).collect();
+        let globs: Vec<_> =
+            own.iter().filter(|option| option.is_path()).map(|option| valid_paths(&option.key)).collect();
+        let mut written = toml::Table::new();
+        for (key, entry) in table.iter().filter(|(key, _)| !is_key(HYPERVISOR, key)) {
+            let name = format!("{section}.{key}");
             let value = entry.to_value();
-            match options.iter().find(|option| option.key == *name).map(|option| option.examine(&value)) {
-                Some(Ok(())) => drop(own.insert(name.clone(), value)),
-                Some(Err(text)) => self.wrong(entry, &format!("{section}.{name}"), text),
-                None => {
-                    let names = HYPERVISOR.iter().map(|key| key.name).chain(options.iter().map(|o| o.key.as_str()));
-                    self.unknown(section, name, entry, names);
+            if let Some(option) = own.iter().find(|option| option.key == *key) {
+                match option.examine(&value) {
+                    Ok(()) => drop(written.insert(key.clone(), value)),
+                    Err(text) => self.wrong(entry, &name, text),
                 }
+            } else if globs.contains(key) {
+                match read_globs(&value) {
+                    Ok(()) => self.settings.push(Setting { key: name, value, origin: Some(entry.place.clone()) }),
+                    Err(text) => self.wrong(entry, &name, text),
+                }
+            } else {
+                let names = HYPERVISOR.iter().map(|key| key.name).chain(own.iter().map(|option| option.key.as_str()));
+                self.unknown(&section, key, entry, names.chain(globs.iter().map(String::as_str)));
             }
         }
-        for option in options.iter().filter(|option| !is_key(HYPERVISOR, &option.key)) {
+        for glob in globs.iter().filter(|glob| !table.contains_key(glob.as_str())) {
+            let value = Value::Array(Vec::new());
+            self.settings.push(Setting { key: format!("{section}.{glob}"), value, origin: None });
+        }
+        for option in own {
             let origin = table.get(&option.key).map(|entry| entry.place.clone());
-            if let Some(value) = own.get(&option.key).cloned().or_else(|| option.default()) {
-                self.settings.push(Setting { key: format!("{section}.{}", option.key), value, origin });
+            let Some(value) = written.get(&option.key).cloned().or_else(|| option.default()) else { continue };
+            if option.is_path() {
+                let wanted = if option.kind == "file" { Wanted::File } else { Wanted::Program };
+                self.name_file(value.as_str().unwrap_or_default(), wanted);
             }
+            self.settings.push(Setting { key: format!("{section}.{}", option.key), value, origin });
         }
-        self.config.options = own.to_string();
+        self.draft.config.options = written.to_string();
     }
 
     fn section(&mut self, section: &str, entry: Option<&Entry>, keys: &'static [Key]) {
@@ -136,7 +170,7 @@ impl Checked {
 
     /// Applies what is written for `key`, or else a default: the backend's, or the key's own.
     fn apply(&mut self, section: &str, key: &'static Key, entry: Option<&Entry>, backend: Option<Value>) {
-        let value = entry.map(Entry::to_value).or(backend).or_else(|| default_of(key)).unwrap_or_else(|| "".into());
+        let value = entry.map(Entry::to_value).or(backend).unwrap_or_else(|| key.default());
         let name = format!("{section}.{}", key.name);
         let place = entry.map(|entry| &entry.place);
         match self.set(key, &value) {
@@ -146,25 +180,30 @@ impl Checked {
     }
 
     fn set(&mut self, key: &'static Key, value: &Value) -> Result<(), String> {
-        let config = &mut self.config;
+        let draft = &mut self.draft;
         match (&key.takes, value) {
-            (Takes::Bool(set), Value::Boolean(value)) => set(config, *value),
-            (Takes::Integer(min, max, set), Value::Integer(value)) if (min..=max).contains(&value) => {
-                set(config, *value)
+            (Takes::Bool(set), Value::Boolean(value)) => set(draft, *value),
+            (Takes::Integer(min, max, _, set), Value::Integer(value)) if (min..=max).contains(&value) => {
+                set(draft, *value)
             }
-            (Takes::Text(set), Value::String(text)) => set(config, one_line(text)?),
+            (Takes::Number(min, max, _, set), Value::Integer(_) | Value::Float(_)) if is_within(value, *min, *max) => {
+                set(draft, to_float(value));
+            }
+            (Takes::Text(set), Value::String(text)) => set(draft, one_line(text)?),
             (Takes::Choice(words, set), Value::String(word)) if words.contains(&word.as_str()) => {
-                set(config, word.clone());
+                set(draft, word.clone());
             }
             (Takes::File(set), Value::String(path)) => {
-                set(config, one_line(path)?);
-                self.name_file(key.name, path, Wanted::File);
+                set(draft, one_line(path)?);
+                self.name_file(path, Wanted::File);
             }
             (Takes::Program(set), Value::String(path)) => {
-                set(config, one_line(path)?);
-                self.name_file(key.name, path, Wanted::Program);
+                set(draft, one_line(path)?);
+                self.name_file(path, Wanted::Program);
             }
-            (Takes::Texts(set), Value::Array(values)) => set(config, texts(values)?),
+            (Takes::Folder(set), Value::String(path)) if path.starts_with('/') => set(draft, one_line(path)?),
+            (Takes::Texts(set), Value::Array(values)) => set(draft, texts(values)?),
+            (Takes::Globs, Value::Array(_)) => read_globs(value)?,
             (takes, value) => {
                 let near = match (takes, value) {
                     (Takes::Choice(words, _), Value::String(word)) => nearest(word, words),
@@ -176,9 +215,10 @@ impl Checked {
         Ok(())
     }
 
-    fn name_file(&mut self, key: &'static str, path: &str, wanted: Wanted) {
+    /// Of the setting that is told next.
+    fn name_file(&mut self, path: &str, wanted: Wanted) {
         if !path.is_empty() {
-            self.files.push(NamedFile { key, setting: self.settings.len(), path: path.into(), wanted });
+            self.files.push(NamedFile { setting: self.settings.len(), path: path.into(), wanted });
         }
     }
 
@@ -198,30 +238,21 @@ impl Checked {
     }
 }
 
-fn table_in(entry: &Entry) -> Option<&Table> {
-    match &entry.content {
-        Content::Table(table) => Some(table),
-        Content::Plain(_) => None,
-    }
-}
-
 fn is_key(keys: &[Key], name: &str) -> bool {
     keys.iter().any(|key| key.name == name)
 }
 
-/// A key's default as a value; a test reads them all.
-fn default_of(key: &Key) -> Option<Value> {
-    toml::from_str::<toml::Table>(&format!("value = {}", key.default)).ok()?.remove("value")
+fn is_within(value: &Value, min: f64, max: f64) -> bool {
+    (min..=max).contains(&to_float(value))
 }
 
-fn nearest(word: &str, words: &[&str]) -> String {
-    let suggestion = suggest(word, words.iter().copied());
-    if suggestion.contains("did you mean") { suggestion } else { String::new() }
+fn to_float(value: &Value) -> f64 {
+    value.as_float().or_else(|| value.as_integer().map(|number| number as f64)).unwrap_or(f64::NAN)
 }
 
 fn one_line(text: &str) -> Result<String, String> {
     if text.chars().any(char::is_control) {
-        return Err(format!("found {}, expected a string without control characters", crate::problem::quote(text)));
+        return Err(format!("found {}, expected a string without control characters", quote(text)));
     }
     Ok(text.to_owned())
 }
@@ -236,16 +267,25 @@ fn texts(values: &[Value]) -> Result<Vec<String>, String> {
         .collect()
 }
 
+fn read_globs(value: &Value) -> Result<(), String> {
+    let Value::Array(values) = value else {
+        return Err(format!("found {}, expected {}", describe(value), Takes::Globs));
+    };
+    for glob in texts(values)? {
+        Pattern::new(&glob).map_err(|error| format!("{} is no glob: {}", quote(&glob), error.msg))?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn every_default_is_accepted_by_its_own_key() {
-        let mut checked = Checked::default();
+        let mut check = Check::default();
         for key in HYPERVISOR.iter().chain(AGENT).chain(RUNTIME) {
-            let value = default_of(key).unwrap_or_else(|| panic!("the default of {} is no TOML", key.name));
-            assert_eq!(checked.set(key, &value), Ok(()), "{}", key.name);
+            assert_eq!(check.set(key, &key.default()), Ok(()), "{}", key.name);
         }
     }
 }

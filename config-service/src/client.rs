@@ -7,21 +7,27 @@ use std::{
     env,
     fs::{self, File, OpenOptions},
     io,
-    os::unix::{fs::DirBuilderExt, net::UnixStream},
+    os::unix::{
+        fs::DirBuilderExt,
+        net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
 };
 
 use caisson_protocol::{
-    config::{ResolveRequest, SandboxConfig},
+    config::{
+        CheckRequest, CheckResponse, ListRequest, ListResponse, ResolveRequest, SandboxConfig, ShowRequest,
+        ShowResponse, UseRequest, UseResponse, WatchEvent, WatchRequest,
+    },
     config_ttrpc::ConfigClient,
     deadline, listen, paths,
     status::{Code, Status},
 };
 use nix::fcntl::{Flock, FlockArg};
 use tokio::{process::Command, task::spawn_blocking, time::timeout};
-use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::{Client, ClientStreamReceiver};
 
 /// The service's program.
 pub const PROGRAM: &str = "caisson-config-service";
@@ -110,25 +116,79 @@ impl ConfigService {
     /// # Errors
     /// As there.
     pub async fn resolve(&self, request: &ResolveRequest, limit: Duration) -> Result<SandboxConfig, Error> {
-        match timeout(limit, self.resolve_or_again(request, limit)).await {
+        let answer = self.call(limit, |client| async move { client.resolve(deadline(limit), request).await }).await?;
+        Ok(answer.config.unwrap_or_default())
+    }
+
+    /// Everything that is wrong with a configuration.
+    ///
+    /// # Errors
+    /// What is wrong with the service; so for all that follow, besides what they say.
+    pub async fn check(&self, request: &CheckRequest, limit: Duration) -> Result<CheckResponse, Error> {
+        self.call(limit, |client| async move { client.check(deadline(limit), request).await }).await
+    }
+
+    /// Every value that is in force, and where it comes from.
+    ///
+    /// # Errors
+    /// What is wrong with the configuration.
+    pub async fn show(&self, request: &ShowRequest, limit: Duration) -> Result<ShowResponse, Error> {
+        self.call(limit, |client| async move { client.show(deadline(limit), request).await }).await
+    }
+
+    /// The configurations to choose from.
+    ///
+    /// # Errors
+    /// None of its own.
+    pub async fn list(&self, limit: Duration) -> Result<ListResponse, Error> {
+        self.call(limit, |client| async move { client.list(deadline(limit), &ListRequest::new()).await }).await
+    }
+
+    /// Puts another configuration in force.
+    ///
+    /// # Errors
+    /// What is wrong with that configuration.
+    pub async fn use_configuration(&self, request: &UseRequest, limit: Duration) -> Result<UseResponse, Error> {
+        self.call(limit, |client| async move { client.r#use(deadline(limit), request).await }).await
+    }
+
+    /// What is in force, at once and after every change. Ends when the service does.
+    ///
+    /// # Errors
+    /// None of its own.
+    pub async fn watch(
+        &self,
+        request: &WatchRequest,
+        limit: Duration,
+    ) -> Result<ClientStreamReceiver<WatchEvent>, Error> {
+        self.call(limit, |client| async move { client.watch(ttrpc::context::Context::default(), request).await }).await
+    }
+
+    async fn call<T, F: Future<Output = ttrpc::Result<T>>>(
+        &self,
+        limit: Duration,
+        question: impl Fn(ConfigClient) -> F,
+    ) -> Result<T, Error> {
+        let answer = async {
+            match self.call_once(&question).await {
+                // It ended just as we called, having been idle: the next one will answer.
+                Err(Error::Gone { .. }) => self.call_once(&question).await,
+                answer => answer,
+            }
+        };
+        match timeout(limit, answer).await {
             Ok(answer) => answer,
             Err(_) => Err(Error::Late { limit, log: self.log.clone() }),
         }
     }
 
-    async fn resolve_or_again(&self, request: &ResolveRequest, limit: Duration) -> Result<SandboxConfig, Error> {
-        match self.resolve_once(request, limit).await {
-            // It ended just as we called, having been idle: the next one will answer.
-            Err(Error::Gone { .. }) => self.resolve_once(request, limit).await,
-            answer => answer,
-        }
-    }
-
-    async fn resolve_once(&self, request: &ResolveRequest, limit: Duration) -> Result<SandboxConfig, Error> {
+    async fn call_once<T, F: Future<Output = ttrpc::Result<T>>>(
+        &self,
+        question: impl Fn(ConfigClient) -> F,
+    ) -> Result<T, Error> {
         let stream = self.connect().await?;
-        let client = ConfigClient::new(Client::new(stream.into()));
-        match client.resolve(deadline(limit), request).await.map_err(Status::from) {
-            Ok(answer) => Ok(answer.config.unwrap_or_default()),
+        match question(ConfigClient::new(Client::new(stream.into()))).await.map_err(Status::from) {
+            Ok(answer) => Ok(answer),
             Err(status) if status.code == Code::UNAVAILABLE => {
                 Err(Error::Gone { log: self.log.clone(), source: status })
             }
@@ -174,6 +234,18 @@ impl ConfigService {
             .spawn()
             .map_err(|source| Error::start("execute", &program, source))?;
         Ok(stream)
+    }
+
+    /// The socket, for a service that nobody started.
+    ///
+    /// # Errors
+    /// `AddrInUse` when a service is there already.
+    pub fn listen(&self) -> io::Result<UnixListener> {
+        let _lock = self.wait_for_turn().map_err(io::Error::other)?;
+        if UnixStream::connect(&self.socket).is_ok() {
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another one serves it"));
+        }
+        listen::bind(&self.socket)
     }
 
     fn wait_for_turn(&self) -> Result<Flock<File>, Error> {

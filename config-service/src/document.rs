@@ -40,6 +40,27 @@ impl Entry {
     }
 }
 
+/// What stands at `path`.
+pub(crate) fn find<'a>(table: &'a Table, path: &[&str]) -> Option<&'a Entry> {
+    let (key, rest) = path.split_first()?;
+    let entry = table.get(*key)?;
+    match (rest, &entry.content) {
+        ([], _) => Some(entry),
+        (rest, Content::Table(table)) => find(table, rest),
+        (_, Content::Plain(_)) => None,
+    }
+}
+
+/// A document that says only that the key at `path` has `value`, as is written at `place`.
+pub(crate) fn single(path: &[&str], value: Value, place: &Place) -> Table {
+    let entry = |content| Entry { place: place.clone(), content };
+    match path {
+        [] => Table::new(),
+        [key] => [((*key).to_owned(), entry(Content::Plain(value)))].into(),
+        [table, rest @ ..] => [((*table).to_owned(), entry(Content::Table(single(rest, value, place))))].into(),
+    }
+}
+
 /// Reads `text`, the content of `file`.
 ///
 /// # Errors
@@ -84,7 +105,7 @@ impl<'a> Lines<'a> {
         let offset = self.text.floor_char_boundary(offset);
         let line = self.starts.partition_point(|start| *start <= offset);
         let column = self.text[self.starts[line - 1]..offset].chars().count() + 1;
-        Place { layer: self.layer, line, column, file: self.file.clone() }
+        Place::File { layer: self.layer, line, column, file: self.file.clone() }
     }
 
     fn problem(&self, error: &toml::de::Error) -> Problem {

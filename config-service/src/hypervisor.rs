@@ -1,19 +1,36 @@
-//! Which hypervisor a configuration chooses.
+//! Which hypervisors there are, and which of them a configuration chooses.
 
 use toml::Value;
 
 use crate::{
     document::{self, Content, Entry, Table},
-    problem::{Place, Problem, describe, suggest},
+    problem::{Place, Problem, describe, quote, suggest},
 };
 
-/// Hypervisors that have launchers here; only used for suggestions. Any other name works when a launcher for it is
-/// installed.
-const KNOWN: [&str; 6] = ["qemu", "cloud-hypervisor", "firecracker", "builtin", "stratovirt", "acrn"];
-/// Other names, with the canonical one.
-const SYNONYMS: [(&str, &str); 3] = [("clh", "cloud-hypervisor"), ("fc", "firecracker"), ("dragonball", "builtin")];
+/// A hypervisor that has a launcher here. Any other name works too, when a launcher for it is installed.
+#[derive(Debug)]
+pub struct Known {
+    /// As in the launcher's name, and in every answer.
+    pub name: &'static str,
+    /// The other name that tables and requests may use.
+    pub synonym: Option<&'static str>,
+    /// For people.
+    pub title: &'static str,
+}
+
+/// All of them.
+pub const KNOWN: [Known; 6] = [
+    Known { name: "qemu", synonym: None, title: "QEMU" },
+    Known { name: "cloud-hypervisor", synonym: Some("clh"), title: "Cloud Hypervisor" },
+    Known { name: "firecracker", synonym: Some("fc"), title: "Firecracker" },
+    Known { name: "builtin", synonym: Some("dragonball"), title: "the built-in VMM" },
+    Known { name: "stratovirt", synonym: None, title: "StratoVirt" },
+    Known { name: "acrn", synonym: None, title: "ACRN" },
+];
+
 /// Longest name, in bytes.
 const MAX_NAME: usize = 32;
+const NONE_CHOSEN: &str = "no hypervisor is chosen; add a table [hypervisor.qemu]";
 
 /// The hypervisor that runs the sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,30 +44,36 @@ pub(crate) struct Hypervisor {
 }
 
 /// The name that launchers, messages and `SandboxConfig` use.
-pub(crate) fn canonical(name: &str) -> &str {
-    SYNONYMS.iter().find(|(synonym, _)| *synonym == name).map_or(name, |(_, canonical)| canonical)
+pub fn canonical(name: &str) -> &str {
+    KNOWN.iter().find(|known| known.synonym == Some(name)).map_or(name, |known| known.name)
+}
+
+/// Whether the canonical `name` is one of [`KNOWN`].
+pub(crate) fn is_known(name: &str) -> bool {
+    KNOWN.iter().any(|known| known.name == name)
 }
 
 /// What follows a name that no launcher has.
 pub(crate) fn suggestion(name: &str) -> String {
-    suggest(name, KNOWN)
+    suggest(name, KNOWN.iter().map(|known| known.name))
 }
 
 /// Gives the tables below `[hypervisor]` their canonical names, so that a drop-in may use the other one.
 pub(crate) fn canonicalise(table: &mut Table) -> Result<(), Vec<Problem>> {
     let Some(Entry { content: Content::Table(hypervisors), .. }) = table.get_mut("hypervisor") else { return Ok(()) };
-    for (synonym, canonical) in SYNONYMS {
-        let Some(entry) = hypervisors.remove(synonym) else { continue };
-        if let Some(other) = hypervisors.get(canonical) {
-            let text = format!("is another name of {canonical}, which stands at {}; join the two tables", other.place);
+    for Known { name, synonym, .. } in KNOWN {
+        let Some((synonym, entry)) = synonym.and_then(|synonym| hypervisors.remove_entry(synonym)) else { continue };
+        if let Some(other) = hypervisors.get(name) {
+            let text = format!("is another name of {name}, which stands at {}; join the two tables", other.place);
             return Err(vec![Problem::of_key(Some(&entry.place), format!("hypervisor.{synonym}"), text)]);
         }
-        document::merge(hypervisors, [(canonical.to_owned(), entry)].into());
+        document::merge(hypervisors, [(name.to_owned(), entry)].into());
     }
     Ok(())
 }
 
-/// What `[runtime] hypervisor` says unless that is "", or else the only table below `[hypervisor]`.
+/// What `[runtime] hypervisor` says unless that is "", or else the only table below `[hypervisor]`: of the
+/// configuration itself, so that a drop-in may keep settings for several, or of all files.
 pub(crate) fn choose(document: &Table) -> Result<Hypervisor, Problem> {
     let (key, entry, name) = match named(document) {
         Some(entry) => match &entry.content {
@@ -64,29 +87,49 @@ pub(crate) fn choose(document: &Table) -> Result<Hypervisor, Problem> {
         None => only(document)?,
     };
     if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(is_name_byte) {
-        let text = format!("{} is not the name of a hypervisor{}", crate::problem::quote(name), suggestion(name));
+        let text = format!("{} is not the name of a hypervisor{}", quote(name), suggestion(name));
         return Err(Problem::of_key(Some(&entry.place), key, text));
     }
     Ok(Hypervisor { name: name.to_owned(), place: entry.place.clone(), key })
 }
 
+/// The tables of hypervisors that are not `chosen`.
+pub(crate) fn others(document: &Table, chosen: &str) -> Vec<Hypervisor> {
+    let Some(hypervisors) = tables(document) else { return Vec::new() };
+    hypervisors
+        .iter()
+        .filter(|(name, _)| *name != chosen)
+        .map(|(name, entry)| Hypervisor {
+            name: name.clone(),
+            place: entry.place.clone(),
+            key: format!("hypervisor.{name}"),
+        })
+        .collect()
+}
+
 fn named(document: &Table) -> Option<&Entry> {
-    let Content::Table(runtime) = &document.get("runtime")?.content else { return None };
-    runtime.get("hypervisor").filter(|entry| entry.to_value().as_str() != Some(""))
+    document::find(document, &["runtime", "hypervisor"]).filter(|entry| entry.to_value().as_str() != Some(""))
+}
+
+fn tables(document: &Table) -> Option<&Table> {
+    match &document.get("hypervisor")?.content {
+        Content::Table(hypervisors) => Some(hypervisors),
+        // `check` reports the wrong type.
+        Content::Plain(_) => None,
+    }
 }
 
 fn only(document: &Table) -> Result<(String, &Entry, &str), Problem> {
-    let hypervisors = match document.get("hypervisor").map(|entry| &entry.content) {
-        Some(Content::Table(hypervisors)) => hypervisors,
-        // `check` reports the wrong type.
-        Some(Content::Plain(_)) | None => {
-            return Err(Problem::general("no hypervisor is chosen; add a table [hypervisor.qemu]"));
-        }
-    };
+    let Some(hypervisors) = tables(document) else { return Err(Problem::general(NONE_CHOSEN)) };
+    let chosen = |(name, entry)| (format!("hypervisor.{name}"), entry, String::as_str(name));
+    let of_the_file: Vec<_> = hypervisors.iter().filter(|(_, entry)| entry.place.layer() == 0).collect();
+    if let [only] = of_the_file[..] {
+        return Ok(chosen(only));
+    }
     let mut entries = hypervisors.iter();
     match (entries.next(), entries.next()) {
-        (Some((name, entry)), None) => Ok((format!("hypervisor.{name}"), entry, name)),
-        (None, _) => Err(Problem::general("no hypervisor is chosen; add a table [hypervisor.qemu]")),
+        (Some(only), None) => Ok(chosen(only)),
+        (None, _) => Err(Problem::general(NONE_CHOSEN)),
         (Some((_, first)), Some(_)) => {
             let names: Vec<_> = hypervisors.keys().map(String::as_str).collect();
             let text = format!("there are tables for {}; choose with [runtime] hypervisor", names.join(", "));

@@ -46,17 +46,18 @@ impl Installation {
         Self { configurations, program_dirs: program_dir.into_iter().chain(path).collect() }
     }
 
-    /// The configuration to read, symlinks resolved: `requested`, or the first of the lookup order.
-    pub(crate) fn find(&self, requested: Option<&Path>, watch: &mut Watch) -> Result<PathBuf, Problem> {
-        let file = match requested {
+    /// The configuration to read: `requested`, or the first of the lookup order.
+    pub(crate) fn find(&self, requested: Option<&Path>, watch: &mut Watch) -> Result<Found, Problem> {
+        let link = match requested {
             Some(file) => file,
             None => self.first_configuration(watch)?,
         };
-        if !file.is_absolute() {
-            return Err(Problem::general(format!("read {}: not an absolute path", file.display())));
-        }
-        watch.look(file);
-        fs::canonicalize(file).map_err(|error| Problem::general(format!("read {}: {error}", file.display())))
+        Found::at(link, watch)
+    }
+
+    /// Where configurations lie that can be chosen: beside the administrator's, and beside the installation's own.
+    pub(crate) fn configuration_dirs(&self) -> Vec<&Path> {
+        self.configurations.iter().filter_map(|file| file.parent()).collect()
     }
 
     fn first_configuration(&self, watch: &mut Watch) -> Result<&Path, Problem> {
@@ -77,6 +78,28 @@ impl Installation {
             let metadata = watch.look(&file)?;
             files::examine(&file, Wanted::Program).ok().map(|()| (file, metadata))
         })
+    }
+}
+
+/// A configuration that is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// The path that was asked for.
+    pub(crate) link: PathBuf,
+    /// The file itself, symlinks resolved.
+    pub(crate) file: PathBuf,
+}
+
+impl Found {
+    /// At `link`, which may be a symlink.
+    pub(crate) fn at(link: &Path, watch: &mut Watch) -> Result<Self, Problem> {
+        if !link.is_absolute() {
+            return Err(Problem::general(format!("read {}: not an absolute path", link.display())));
+        }
+        watch.look(link);
+        let file = fs::canonicalize(link);
+        let file = file.map_err(|error| Problem::general(format!("read {}: {error}", link.display())))?;
+        Ok(Self { link: link.to_owned(), file })
     }
 }
 

@@ -8,29 +8,64 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     document::{self, Table},
     hypervisor,
+    installation::Found,
     problem::{Place, Problem},
     watch::Watch,
 };
 
-/// The folder of drop-ins, beside the configuration itself.
+/// The folder of drop-ins.
 pub(crate) const DROP_IN_DIR: &str = "config.d";
 /// Longest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
+/// Most files that one configuration is made of.
+const MAX_LAYERS: usize = 1000;
 
-/// Reads `file` and lays `config.d/*.toml` over it, in the order of their names.
+/// One file of a configuration.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Layer {
+    pub(crate) file: PathBuf,
+    pub(crate) text: String,
+}
+
+/// Reads the configuration and its drop-ins: `config.d/*.toml` beside the file, then beside the link to it where that
+/// is elsewhere, each in the order of their names.
 ///
 /// # Errors
-/// What cannot be read or is no TOML, of all files.
-pub(crate) fn load(file: &Path, watch: &mut Watch) -> Result<Table, Vec<Problem>> {
-    let mut files = vec![file.to_owned()];
-    files.extend(drop_ins(file, watch)?);
-    let mut document = Table::new();
-    let mut problems = Vec::new();
-    for (layer, file) in files.iter().enumerate() {
-        match read(file, layer, watch) {
+/// What cannot be read, of all files.
+pub(crate) fn read(found: &Found, watch: &mut Watch) -> Result<Vec<Layer>, Vec<Problem>> {
+    let mut files = vec![found.file.clone()];
+    let dirs = [found.file.with_file_name(DROP_IN_DIR), found.link.with_file_name(DROP_IN_DIR)];
+    for dir in &dirs[..if is_same(&dirs) { 1 } else { 2 }] {
+        files.extend(drop_ins(dir, watch)?);
+    }
+    if files.len() > MAX_LAYERS {
+        let text = format!("read {}: more than {} drop-ins", found.file.display(), MAX_LAYERS - 1);
+        return Err(vec![Problem::general(text)]);
+    }
+    let (mut layers, mut problems) = (Vec::new(), Vec::new());
+    for (number, file) in files.into_iter().enumerate() {
+        match read_text(&file, number, watch) {
+            Ok(text) => layers.push(Layer { file, text }),
+            Err(problem) => problems.push(problem),
+        }
+    }
+    if problems.is_empty() { Ok(layers) } else { Err(problems) }
+}
+
+/// Makes one document of `layers`.
+///
+/// # Errors
+/// What is no TOML, in all of them.
+pub(crate) fn merge(layers: &[Layer]) -> Result<Table, Vec<Problem>> {
+    let (mut document, mut problems) = (Table::new(), Vec::new());
+    for (number, layer) in layers.iter().enumerate() {
+        let table = document::parse(&layer.text, number, &layer.file);
+        match table.and_then(|mut table| hypervisor::canonicalise(&mut table).map(|()| table)) {
             Ok(table) => document::merge(&mut document, table),
             Err(found) => problems.extend(found),
         }
@@ -38,10 +73,14 @@ pub(crate) fn load(file: &Path, watch: &mut Watch) -> Result<Table, Vec<Problem>
     if problems.is_empty() { Ok(document) } else { Err(problems) }
 }
 
-fn drop_ins(file: &Path, watch: &mut Watch) -> Result<Vec<PathBuf>, Vec<Problem>> {
-    let dir = file.with_file_name(DROP_IN_DIR);
-    watch.look(&dir);
-    let names = || fs::read_dir(&dir)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>();
+fn is_same([one, other]: &[PathBuf; 2]) -> bool {
+    one == other
+        || fs::canonicalize(one).ok().is_some_and(|one| fs::canonicalize(other).is_ok_and(|other| one == other))
+}
+
+fn drop_ins(dir: &Path, watch: &mut Watch) -> Result<Vec<PathBuf>, Vec<Problem>> {
+    watch.look(dir);
+    let names = || fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>();
     let mut names = match names() {
         Ok(names) => names,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -56,13 +95,6 @@ fn drop_ins(file: &Path, watch: &mut Watch) -> Result<Vec<PathBuf>, Vec<Problem>
 fn is_drop_in(name: &OsStr) -> bool {
     let name = name.as_bytes();
     name.ends_with(b".toml") && !name.starts_with(b".")
-}
-
-fn read(file: &Path, layer: usize, watch: &mut Watch) -> Result<Table, Vec<Problem>> {
-    let text = read_text(file, layer, watch).map_err(|problem| vec![problem])?;
-    let mut table = document::parse(&text, layer, file)?;
-    hypervisor::canonicalise(&mut table)?;
-    Ok(table)
 }
 
 fn read_text(file: &Path, layer: usize, watch: &mut Watch) -> Result<String, Problem> {
@@ -81,7 +113,7 @@ fn read_text(file: &Path, layer: usize, watch: &mut Watch) -> Result<String, Pro
     String::from_utf8(bytes).map_err(|error| {
         let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let line_start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |newline| newline + 1);
-        let place = Place {
+        let place = Place::File {
             layer,
             line: before.iter().filter(|byte| **byte == b'\n').count() + 1,
             column: String::from_utf8_lossy(&before[line_start..]).chars().count() + 1,

@@ -1,15 +1,28 @@
-//! The config-service's program: `serve` for shims, `check` and `resolve` for people.
+//! The config-service's program: `serve` for shims, `check` and `resolve` for people, `generate` for packagers.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    fs, io,
+    os::{fd::AsFd, unix::net::UnixListener},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
+use anyhow::Context;
 use caisson_config_service::{
+    client::ConfigService,
+    configurations::Configurations,
+    defaults,
     installation::Installation,
+    reference,
     resolve::{Resolved, Resolver},
     service,
 };
-use caisson_protocol::listen;
+use caisson_protocol::{listen, paths};
 use clap::{Parser, Subcommand};
+use tracing::info;
 use tracing_subscriber::EnvFilter;
+use ttrpc::asynchronous::transport::Listener;
 
 /// Turns configuration files into the checked configuration of a sandbox.
 #[derive(Parser)]
@@ -21,7 +34,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Serve shims on the socket that is standard input.
+    /// Serve shims on the socket that is standard input, or else on a socket of its own.
     Serve {
         /// End when nobody was connected for so many seconds; 0: never.
         #[arg(long, value_name = "SECONDS", default_value_t = 30)]
@@ -37,12 +50,21 @@ enum Command {
         /// The configuration; without it, the one that a sandbox would get.
         file: Option<PathBuf>,
     },
+    /// Write the commented configuration of each hypervisor, and the page that explains every option.
+    Generate {
+        /// Where caisson will be installed.
+        #[arg(long, default_value = "/usr")]
+        prefix: PathBuf,
+        /// An existing folder.
+        folder: PathBuf,
+    },
 }
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Serve { idle_timeout } => serve(Duration::from_secs(idle_timeout)).await,
+        Command::Generate { prefix, folder } => generate(&prefix, &folder).await,
         Command::Check { file } => resolve(file).await.map(|resolved| println!("{}: good", resolved.config.origin)),
         Command::Resolve { file } => resolve(file)
             .await
@@ -63,7 +85,41 @@ async fn serve(idle_timeout: Duration) -> anyhow::Result<()> {
     // Leave the session of whoever started this. Fails for a leader, who has his own already.
     let _ = nix::unistd::setsid();
     let idle_timeout = (!idle_timeout.is_zero()).then_some(idle_timeout);
-    service::serve(listen::inherited()?, Installation::of_this_program(), idle_timeout).await?;
+    let socket = inherited_socket().unwrap_or_else(paths::config_socket);
+    let state_dir = socket.with_extension("kept");
+    let configurations = Configurations::new(Resolver::new(Installation::of_this_program()), state_dir);
+    let listener = listener(&socket)?;
+    info!(socket = %socket.display(), "serving");
+    service::serve(listener, configurations, idle_timeout).await?;
+    Ok(())
+}
+
+/// Where the socket lies that whoever started this made.
+fn inherited_socket() -> Option<PathBuf> {
+    let stdin = io::stdin().as_fd().try_clone_to_owned().ok()?;
+    UnixListener::from(stdin).local_addr().ok()?.as_pathname().map(Path::to_owned)
+}
+
+/// The inherited socket, or one of our own when this was started by hand.
+fn listener(socket: &Path) -> anyhow::Result<Listener> {
+    match listen::inherited() {
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+            let listener =
+                ConfigService::of_this_host().listen().with_context(|| format!("serve {}", socket.display()))?;
+            listener.set_nonblocking(true)?;
+            Ok(tokio::net::UnixListener::from_std(listener)?.into())
+        }
+        inherited => Ok(inherited?),
+    }
+}
+
+async fn generate(prefix: &Path, folder: &Path) -> anyhow::Result<()> {
+    let installation = Installation::of_this_program();
+    let page = ("reference.md", reference::generate(&installation).await);
+    for (name, text) in defaults::generate(&installation, prefix).await.into_iter().chain([page]) {
+        let file = folder.join(name);
+        fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
+    }
     Ok(())
 }
 

@@ -9,24 +9,50 @@ use std::{
 /// How many problems a message tells before it counts the rest.
 const MAX_TOLD: usize = 100;
 /// How much of a value a message repeats, in characters.
-const MAX_QUOTED: usize = 60;
+const MAX_QUOTED: usize = 80;
 
-/// Where something is written. Ordered as the files are read.
+/// Where something is written. Ordered as it takes effect.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
-    /// 0 for the configuration itself, then one for each drop-in.
-    pub(crate) layer: usize,
-    /// From 1.
-    pub line: usize,
-    /// From 1, in characters.
-    pub column: usize,
-    /// The file.
-    pub file: Arc<Path>,
+pub enum Place {
+    /// In a file.
+    File {
+        /// 0 for the configuration itself, then one for each drop-in.
+        layer: usize,
+        /// From 1.
+        line: usize,
+        /// From 1, in characters.
+        column: usize,
+        /// The file.
+        file: Arc<Path>,
+    },
+    /// In an annotation of the pod, by its whole name.
+    Annotation(Arc<str>),
+}
+
+impl Place {
+    /// Which of the files it is in; an annotation comes after all of them.
+    pub(crate) fn layer(&self) -> usize {
+        match self {
+            Self::File { layer, .. } => *layer,
+            Self::Annotation(_) => usize::MAX,
+        }
+    }
+
+    /// The file and line, which is enough to find it.
+    pub fn line(&self) -> String {
+        match self {
+            Self::File { line, file, .. } => format!("{}:{line}", file.display()),
+            Self::Annotation(_) => self.to_string(),
+        }
+    }
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}:{}", self.file.display(), self.line, self.column)
+        match self {
+            Self::File { line, column, file, .. } => write!(f, "{}:{line}:{column}", file.display()),
+            Self::Annotation(name) => write!(f, "annotation {}", bounded(name)),
+        }
     }
 }
 
@@ -45,7 +71,7 @@ impl Problem {
         Self { place: place.cloned(), key: key.into(), text: text.into(), passing: false }
     }
 
-    /// About a line of a file that is no TOML.
+    /// About something written that belongs to no key: a line that is no TOML, an annotation.
     pub fn at(place: Place, text: impl Into<String>) -> Self {
         Self { place: Some(place), key: String::new(), text: text.into(), passing: false }
     }
@@ -89,6 +115,11 @@ impl Problems {
         Self { file: file.map(Path::to_owned), list }
     }
 
+    /// The same, said of a pod's annotations rather than of the configuration.
+    pub(crate) fn of_pod(self) -> Self {
+        Self { file: None, ..self }
+    }
+
     /// Each problem by itself; the last sentence counts those that are left out.
     pub fn sentences(&self) -> Vec<String> {
         let mut sentences: Vec<_> = self.list.iter().take(MAX_TOLD).map(ToString::to_string).collect();
@@ -129,16 +160,21 @@ impl std::error::Error for Problems {}
 /// `; did you mean "<the nearest>"?`, or what is accepted when nothing is near.
 pub(crate) fn suggest<'a>(found: &str, accepted: impl IntoIterator<Item = &'a str>) -> String {
     let accepted: Vec<_> = accepted.into_iter().collect();
+    match nearest(found, &accepted) {
+        suggestion if !suggestion.is_empty() => suggestion,
+        _ if accepted.is_empty() => String::new(),
+        _ => format!("; accepted: {}", accepted.join(", ")),
+    }
+}
+
+/// `; did you mean "<the nearest>"?`, or nothing.
+pub(crate) fn nearest(found: &str, accepted: &[&str]) -> String {
     let near = accepted
         .iter()
         .map(|name| (strsim::damerau_levenshtein(found, name), name))
         .min()
         .filter(|(distance, name)| *distance <= (name.len() / 3).max(1));
-    match near {
-        Some((_, name)) => format!("; did you mean \"{name}\"?"),
-        None if accepted.is_empty() => String::new(),
-        None => format!("; accepted: {}", accepted.join(", ")),
-    }
+    near.map_or_else(String::new, |(_, name)| format!("; did you mean \"{name}\"?"))
 }
 
 /// A value as a message shows it: `"two" (a string)`.
@@ -157,9 +193,14 @@ pub(crate) fn describe(value: &toml::Value) -> String {
 
 /// A text as a message shows it: in quotes, on one line, and not too long.
 pub(crate) fn quote(text: &str) -> String {
+    format!("\"{}\"", bounded(text))
+}
+
+/// A text on one line, and not too long.
+fn bounded(text: &str) -> String {
     let shown: String = text.chars().take(MAX_QUOTED).flat_map(char::escape_debug).collect();
     let ellipsis = if text.chars().nth(MAX_QUOTED).is_some() { "…" } else { "" };
-    format!("\"{shown}{ellipsis}\"")
+    format!("{shown}{ellipsis}")
 }
 
 #[cfg(test)]

@@ -1,17 +1,24 @@
 //! From a request to a configuration, in one pass over the files.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use caisson_protocol::config::SandboxConfig;
 
 use crate::{
-    backend::Backends,
+    annotations::{self, Wish},
     check::{self, Setting},
-    hypervisor,
-    installation::Installation,
-    load::load,
-    problem::Problems,
-    rules,
+    document::Table,
+    files::{self, Wanted},
+    hypervisor::{self, Hypervisor},
+    installation::{Found, Installation},
+    launchers::{self, Capabilities, Launchers, Silence},
+    load::{self, Layer},
+    problem::{Problem, Problems},
+    rules, sizing,
     watch::Watch,
 };
 
@@ -22,6 +29,9 @@ pub struct Resolved {
     pub config: SandboxConfig,
     /// Every value of it, and where it comes from.
     pub settings: Vec<Setting>,
+    file: PathBuf,
+    document: Table,
+    /// Which it names.
     files: Vec<PathBuf>,
 }
 
@@ -36,13 +46,18 @@ impl Resolved {
 #[derive(Debug)]
 pub struct Resolver {
     installation: Installation,
-    backends: Backends,
+    launchers: Launchers,
 }
 
 impl Resolver {
     /// For `installation`.
     pub fn new(installation: Installation) -> Self {
-        Self { installation, backends: Backends::default() }
+        Self { installation, launchers: Launchers::default() }
+    }
+
+    /// Where it looks.
+    pub fn installation(&self) -> &Installation {
+        &self.installation
     }
 
     /// Resolves `requested`, or the configuration that the lookup order finds.
@@ -50,37 +65,167 @@ impl Resolver {
     /// # Errors
     /// Everything that is wrong with it.
     pub async fn resolve(&mut self, requested: Option<&Path>) -> Result<Resolved, Problems> {
-        self.resolve_watched(requested, &mut Watch::new()).await
+        let found = self.installation.find(requested, &mut Watch::new())?;
+        self.resolve_found(&found).await
     }
 
-    pub(crate) async fn resolve_watched(
+    /// Resolves `requested` for a container with these `annotations`.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the configuration, or else with the annotations.
+    pub async fn resolve_for(
         &mut self,
         requested: Option<&Path>,
+        annotations: &HashMap<String, String>,
+    ) -> Result<Resolved, Problems> {
+        let resolved = self.resolve(requested).await?;
+        self.annotate(&resolved, annotations).await
+    }
+
+    pub(crate) async fn resolve_found(&mut self, found: &Found) -> Result<Resolved, Problems> {
+        let mut watch = Watch::new();
+        let layers = load::read(found, &mut watch).map_err(|problems| Problems::of(Some(&found.file), problems))?;
+        self.resolve_layers(&found.file, &layers, &mut watch).await
+    }
+
+    /// What the `layers` of the configuration `file` come to.
+    pub(crate) async fn resolve_layers(
+        &mut self,
+        file: &Path,
+        layers: &[Layer],
         watch: &mut Watch,
     ) -> Result<Resolved, Problems> {
-        let file = self.installation.find(requested, watch)?;
-        let document = match load(&file, watch) {
-            Ok(document) => document,
-            Err(found) => return Err(Problems::of(Some(&file), found)),
-        };
-
-        let mut problems = Vec::new();
-        let hypervisor = hypervisor::choose(&document).map_err(|problem| problems.push(problem)).ok();
-        let options = match &hypervisor {
-            Some(hypervisor) => self.backends.options(&self.installation, hypervisor, watch).await,
-            None => Ok([].into()),
-        };
-        let options = options.map_err(|problem| problems.push(problem)).ok();
-
-        let mut checked = check::check(&document, hypervisor.as_ref(), options.as_deref());
-        rules::examine(&mut checked, watch);
-        checked.problems.append(&mut problems);
-        if !checked.problems.is_empty() {
-            return Err(Problems::of(Some(&file), checked.problems));
-        }
-        let origin = file.display().to_string();
-        let config = SandboxConfig { origin, ..checked.config };
-        let files = checked.files.into_iter().map(|file| file.path).collect();
-        Ok(Resolved { config, settings: checked.settings, files })
+        let document = load::merge(layers).map_err(|found| Problems::of(Some(file), found))?;
+        self.judge(file, document, watch).await
     }
+
+    /// What `resolved` comes to for a container with these `annotations`.
+    pub(crate) async fn annotate(
+        &mut self,
+        resolved: &Resolved,
+        annotations: &HashMap<String, String>,
+    ) -> Result<Resolved, Problems> {
+        let problems = |found| Problems::of(None, found);
+        let wishes = annotations::wishes(annotations).map_err(problems)?;
+        let mut resolved = match &wishes[..] {
+            [] => resolved.clone(),
+            wishes => {
+                let document = self.lay_over(resolved, wishes).await?;
+                self.judge(&resolved.file, document, &mut Watch::new()).await.map_err(Problems::of_pod)?
+            }
+        };
+        sizing::size(resolved.config.vm.mut_or_insert_default(), annotations).map_err(problems)?;
+        Ok(resolved)
+    }
+
+    /// The annotations that choose the hypervisor come first, since its table says what else is allowed.
+    async fn lay_over(&mut self, resolved: &Resolved, wishes: &[Wish]) -> Result<Table, Problems> {
+        let mut document = resolved.document.clone();
+        let (of_hypervisor, others): (Vec<_>, Vec<_>) = wishes.iter().partition(|wish| wish.section == "hypervisor");
+        let chosen = &resolved.config.hypervisor;
+        let mut problems = annotations::lay_over(&mut document, chosen, &[], others.into_iter());
+        let chosen = hypervisor::choose(&document)?;
+        let options = self.launchers.options(&self.installation, &chosen.name, &mut Watch::new()).await;
+        let options = options.map_err(|silence| self.silent(&chosen, silence))?;
+        problems.extend(annotations::lay_over(&mut document, &chosen.name, &options, of_hypervisor.into_iter()));
+        if problems.is_empty() { Ok(document) } else { Err(Problems::of(None, problems)) }
+    }
+
+    async fn judge(&mut self, file: &Path, document: Table, watch: &mut Watch) -> Result<Resolved, Problems> {
+        let mut problems = Vec::new();
+        let chosen = hypervisor::choose(&document).map_err(|problem| problems.push(problem)).ok();
+        let options = match &chosen {
+            Some(chosen) => {
+                let options = self.launchers.options(&self.installation, &chosen.name, watch).await;
+                options.map_err(|silence| problems.push(self.silent(chosen, silence))).ok()
+            }
+            None => None,
+        };
+        let name = chosen.as_ref().map(|chosen| chosen.name.as_str());
+        let mut checked = check::check(&document, name, options.as_deref());
+        checked.problems.append(&mut problems);
+        let capabilities = match &chosen {
+            Some(chosen) if options.is_some() => {
+                let path = checked.config.vm.hypervisor_path.clone();
+                let told = self.capabilities(chosen, &path, watch).await;
+                told.map_err(|problem| checked.problems.push(problem)).ok().flatten()
+            }
+            _ => None,
+        };
+        rules::examine(&mut checked, options.as_deref(), capabilities.as_deref(), watch);
+        checked.problems.extend(self.check_unused(&document, name.unwrap_or_default(), watch).await);
+
+        if !checked.problems.is_empty() {
+            return Err(Problems::of(Some(file), checked.problems));
+        }
+        let config = SandboxConfig { origin: file.display().to_string(), ..checked.config };
+        let files = checked.files.into_iter().map(|file| file.path).collect();
+        Ok(Resolved { config, settings: checked.settings, file: file.to_owned(), document, files })
+    }
+
+    /// What the hypervisor can do; nothing when its program is missing, which is told elsewhere.
+    async fn capabilities(
+        &mut self,
+        chosen: &Hypervisor,
+        path: &str,
+        watch: &mut Watch,
+    ) -> Result<Option<Arc<Capabilities>>, Problem> {
+        if !path.is_empty() && files::examine(Path::new(path), Wanted::Program).is_err() {
+            return Ok(None);
+        }
+        let told = self.launchers.capabilities(&self.installation, &chosen.name, path, watch).await;
+        told.map(Some).map_err(|silence| self.silent(chosen, silence))
+    }
+
+    /// The tables of hypervisors that may be chosen later. Their files may come later, too.
+    async fn check_unused(&mut self, document: &Table, chosen: &str, watch: &mut Watch) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        for other in hypervisor::others(document, chosen) {
+            let options = match self.launchers.options(&self.installation, &other.name, watch).await {
+                Ok(options) => Some(options),
+                Err(Silence::NotInstalled) if !hypervisor::is_known(&other.name) => {
+                    problems.push(self.silent(&other, Silence::NotInstalled));
+                    None
+                }
+                Err(_) => None,
+            };
+            problems.extend(check::check_unused(document, &other.name, options.as_deref()));
+        }
+        problems
+    }
+
+    fn silent(&self, hypervisor: &Hypervisor, silence: Silence) -> Problem {
+        let problem = |text| Problem::of_key(Some(&hypervisor.place), &hypervisor.key, text);
+        match silence {
+            Silence::NotInstalled => {
+                let dirs: Vec<_> = self.installation.program_dirs.iter().map(|dir| dir.display().to_string()).collect();
+                let known = hypervisor::is_known(&hypervisor.name);
+                let suggestion = if known { String::new() } else { hypervisor::suggestion(&hypervisor.name) };
+                let program = launchers::program(&hypervisor.name);
+                problem(format!("{program} is not installed: looked in {}{suggestion}", dirs.join(", ")))
+            }
+            // It may have been busy.
+            Silence::Failed(why) => problem(why).passing(),
+        }
+    }
+}
+
+/// Everything that is wrong with a configuration's text by itself, and with annotations laid over it: no file is looked
+/// for, and no launcher asked.
+pub fn problems_in(text: &str, annotations: &HashMap<String, String>) -> Vec<String> {
+    let layer = Layer { file: "configuration.toml".into(), text: text.to_owned() };
+    let found = load::merge(&[layer]).and_then(|mut document| {
+        let wishes = annotations::wishes(annotations)?;
+        let chosen = hypervisor::choose(&document).map_err(|problem| vec![problem])?.name;
+        let refused = annotations::lay_over(&mut document, &chosen, &[], wishes.iter());
+        let mut checked = check::check(&document, Some(&chosen), Some(&[]));
+        checked.problems.extend(refused);
+        for other in hypervisor::others(&document, &chosen) {
+            checked.problems.extend(check::check_unused(&document, &other.name, Some(&[])));
+        }
+        let sized = sizing::size(checked.config.vm.mut_or_insert_default(), annotations);
+        checked.problems.extend(sized.err().into_iter().flatten());
+        if checked.problems.is_empty() { Ok(()) } else { Err(checked.problems) }
+    });
+    found.err().map(|problems| Problems::of(None, problems).sentences()).unwrap_or_default()
 }

@@ -9,41 +9,43 @@ use std::{
 use async_trait::async_trait;
 use caisson_protocol::{
     config::{
-        CheckRequest, CheckResponse, ResolveRequest, ResolveResponse, SandboxConfig, Setting, ShowRequest, ShowResponse,
+        CheckRequest, CheckResponse, Configuration, ListRequest, ListResponse, ResolveRequest, ResolveResponse,
+        SandboxConfig, Setting, ShowRequest, ShowResponse, UseRequest, UseResponse, WatchEvent, WatchRequest,
     },
     config_ttrpc::{Config, create_config},
     status::{Code, Status},
 };
 use protobuf::MessageField;
-use tokio::sync::Mutex;
-use ttrpc::asynchronous::{Server, TtrpcContext, transport::Listener};
+use tokio::sync::{Mutex, MutexGuard};
+use ttrpc::asynchronous::{Server, ServerStreamSender, TtrpcContext, transport::Listener};
 
 use crate::{
-    check, configurations::Configurations, idle::Connections, installation::Installation, problem::Problems,
-    resolve::Resolver,
+    changes::Changes,
+    check,
+    configurations::{Configurations, InForce},
+    idle::Connections,
+    problem::Problems,
+    switch,
 };
 
-/// Serves on `listener`; with `idle_timeout`, until nobody was connected for that long. A configuration that only
-/// this process still knows keeps it running.
+/// Serves on `listener`; with `idle_timeout`, until nobody was connected for that long.
 ///
 /// # Errors
 /// When the server does not start.
 pub async fn serve(
     listener: Listener,
-    installation: Installation,
+    configurations: Configurations,
     idle_timeout: Option<Duration>,
 ) -> Result<(), ttrpc::Error> {
     let (listener, mut connections) = Connections::of(listener);
-    let service = Arc::new(ConfigService::new(installation));
-    let mut server = Server::new().add_listener(listener).register_service(create_config(service.clone()));
+    let service = Arc::new(ConfigService { configurations: Mutex::new(configurations) });
+    let mut server = Server::new().add_listener(listener).register_service(create_config(service));
     server.start().await?;
-    let Some(idle_timeout) = idle_timeout else { return std::future::pending().await };
-    loop {
-        connections.idle_for(idle_timeout).await;
-        if !service.configurations.lock().await.keeps_a_last_good() {
-            return Ok(());
-        }
+    match idle_timeout {
+        Some(limit) => connections.idle_for(limit).await,
+        None => std::future::pending().await,
     }
+    Ok(())
 }
 
 /// Answers from the configurations in force.
@@ -53,37 +55,102 @@ struct ConfigService {
 }
 
 impl ConfigService {
-    fn new(installation: Installation) -> Self {
-        Self { configurations: Mutex::new(Configurations::new(Resolver::new(installation))) }
+    /// What is in force at `config_path`, and the lock to go on with.
+    async fn in_force(&self, config_path: &str) -> (InForce, MutexGuard<'_, Configurations>) {
+        let (arrived, requested) = (Instant::now(), requested(config_path));
+        let mut configurations = self.configurations.lock().await;
+        (configurations.in_force(requested.as_deref(), arrived).await, configurations)
     }
 }
 
 #[async_trait]
 impl Config for ConfigService {
     async fn resolve(&self, _: &TtrpcContext, request: ResolveRequest) -> ttrpc::Result<ResolveResponse> {
-        let arrived = Instant::now();
-        let requested = requested(&request.config_path);
-        let mut configurations = self.configurations.lock().await;
-        let in_force = configurations.in_force(requested.as_deref(), arrived).await.map_err(status)?;
-        // The same look at the files: nothing is read again.
-        let warnings = configurations.problems(requested.as_deref(), arrived).await;
-        let config = MessageField::some(SandboxConfig { warnings, ..in_force.config.clone() });
-        Ok(ResolveResponse { config, ..Default::default() })
+        let (in_force, mut configurations) = self.in_force(&request.config_path).await;
+        let resolved = in_force.resolved.map_err(refused)?;
+        let resolved = configurations.resolver.annotate(&resolved, &request.annotations).await.map_err(refused)?;
+        let config = SandboxConfig { warnings: in_force.problems, ..resolved.config };
+        Ok(ResolveResponse { config: MessageField::some(config), ..Default::default() })
     }
 
     async fn check(&self, _: &TtrpcContext, request: CheckRequest) -> ttrpc::Result<CheckResponse> {
-        let arrived = Instant::now();
-        let requested = requested(&request.config_path);
-        let problems = self.configurations.lock().await.problems(requested.as_deref(), arrived).await;
+        let (in_force, mut configurations) = self.in_force(&request.config_path).await;
+        let mut problems = in_force.problems;
+        if let Ok(resolved) = in_force.resolved
+            && let Err(more) = configurations.resolver.annotate(&resolved, &request.annotations).await
+        {
+            problems.extend(more.sentences());
+        }
         Ok(CheckResponse { problems, ..Default::default() })
     }
 
     async fn show(&self, _: &TtrpcContext, request: ShowRequest) -> ttrpc::Result<ShowResponse> {
-        let arrived = Instant::now();
-        let requested = requested(&request.config_path);
-        let in_force = self.configurations.lock().await.in_force(requested.as_deref(), arrived).await;
-        let settings = in_force.map_err(status)?.settings.iter().map(to_wire).collect();
-        Ok(ShowResponse { settings, ..Default::default() })
+        let (in_force, mut configurations) = self.in_force(&request.config_path).await;
+        let resolved = in_force.resolved.map_err(refused)?;
+        let resolved = configurations.resolver.annotate(&resolved, &request.annotations).await.map_err(refused)?;
+        let settings = resolved.settings.iter().map(to_wire).collect();
+        Ok(ShowResponse { settings, path: resolved.config.origin, ..Default::default() })
+    }
+
+    async fn list(&self, _: &TtrpcContext, _: ListRequest) -> ttrpc::Result<ListResponse> {
+        let listed = switch::list(&mut self.configurations.lock().await.resolver).await;
+        let configurations = listed.into_iter().map(|listed| Configuration {
+            path: listed.path.display().to_string(),
+            hypervisor: listed.hypervisor.unwrap_or_default(),
+            in_force: listed.in_force,
+            problems: listed.problems,
+            ..Default::default()
+        });
+        Ok(ListResponse { configurations: configurations.collect(), ..Default::default() })
+    }
+
+    async fn r#use(&self, _: &TtrpcContext, request: UseRequest) -> ttrpc::Result<UseResponse> {
+        let resolver = &mut self.configurations.lock().await.resolver;
+        let switched = match request.configuration.as_str() {
+            "" => switch::use_previous(resolver).await,
+            wanted => switch::use_configuration(resolver, wanted).await,
+        };
+        let switched = switched.map_err(|error| Status::of(Code::FAILED_PRECONDITION, &error))?;
+        let text = |path: Option<PathBuf>| path.map_or_else(String::new, |path| path.display().to_string());
+        Ok(UseResponse { path: text(switched.now), previous: text(switched.before), ..Default::default() })
+    }
+
+    async fn watch(
+        &self,
+        _: &TtrpcContext,
+        request: WatchRequest,
+        watcher: ServerStreamSender<WatchEvent>,
+    ) -> ttrpc::Result<()> {
+        let failed = |error| Status::of(Code::RESOURCE_EXHAUSTED, &error);
+        let (mut files, mut changes) = (Vec::new(), Changes::of(&[]).map_err(failed)?);
+        let mut told = None;
+        loop {
+            let in_force = self.in_force(&request.config_path).await.0;
+            if in_force.files != files {
+                changes = Changes::of(&in_force.files).map_err(failed)?;
+                files = in_force.files;
+                // They may have changed before they were watched.
+                continue;
+            }
+            let now = in_force.resolved.map(|resolved| resolved.config.clone()).ok();
+            let now = (now, in_force.problems, in_force.last_good);
+            if told.as_ref() != Some(&now) {
+                watcher.send(&event(&now)).await?;
+                told = Some(now);
+            }
+            changes.next().await.map_err(failed)?;
+        }
+    }
+}
+
+fn event((config, problems, last_good): &(Option<SandboxConfig>, Vec<String>, bool)) -> WatchEvent {
+    let config = config.clone().unwrap_or_default();
+    WatchEvent {
+        path: config.origin,
+        hypervisor: config.hypervisor,
+        problems: problems.clone(),
+        last_good: *last_good,
+        ..Default::default()
     }
 }
 
@@ -100,6 +167,6 @@ fn requested(config_path: &str) -> Option<PathBuf> {
     (!config_path.is_empty()).then(|| Path::new(config_path).to_owned())
 }
 
-fn status(problems: Problems) -> Status {
+fn refused(problems: Problems) -> Status {
     Status::of(Code::FAILED_PRECONDITION, &problems)
 }

@@ -42,6 +42,11 @@ impl Watch {
         metadata
     }
 
+    /// Everything that was looked at.
+    pub(crate) fn paths(&self) -> Vec<PathBuf> {
+        self.seen.keys().cloned().collect()
+    }
+
     /// Whether a new look would see the same.
     pub(crate) fn is_unchanged(&self) -> bool {
         let settled = self.since.checked_sub(TICK).unwrap_or(UNIX_EPOCH);

@@ -38,15 +38,31 @@ mistake!(an_unknown_table_gets_the_nearest_one:
 
 mistake!(a_string_is_no_number:
     "default_vcpus = \"two\"" =>
-    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_vcpus: found \"two\" (a string), expected a whole number from -1 to 1024");
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_vcpus: found \"two\" (a string), expected a number from -1 to 1024");
 
 mistake!(a_float_is_no_whole_number:
-    "default_vcpus = 1.5" =>
-    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_vcpus: found 1.5 (a float), expected a whole number from -1 to 1024");
+    "default_maxvcpus = 1.5" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_maxvcpus: found 1.5 (a float), expected a whole number from 0 to 1024");
+
+mistake!(a_number_that_is_none_is_refused:
+    "default_vcpus = nan" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_vcpus: found nan (a float), expected a number from -1 to 1024");
+
+mistake!(fewer_than_every_cpu_is_refused:
+    "default_vcpus = -2" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_vcpus: found -2 (an integer), expected a number from -1 to 1024");
+
+mistake!(a_date_is_no_number:
+    "default_memory = 1979-05-27" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_memory: found 1979-05-27 (a date), expected a whole number of MiB from 32 to 16777216");
+
+mistake!(a_size_with_a_unit_is_no_number:
+    "default_memory = \"2GiB\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_memory: found \"2GiB\" (a string), expected a whole number of MiB from 32 to 16777216");
 
 mistake!(a_number_out_of_range_is_refused:
     "default_memory = 16" =>
-    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_memory: found 16 (an integer), expected a whole number from 32 to 16777216");
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_memory: found 16 (an integer), expected a whole number of MiB from 32 to 16777216");
 
 mistake!(a_number_that_no_integer_holds_is_refused_by_the_parser:
     "default_memory = 99999999999999999999" =>
@@ -66,7 +82,7 @@ mistake!(an_array_with_a_number_is_no_array_of_strings:
 
 mistake!(a_table_is_no_value:
     "[hypervisor.qemu.default_vcpus]\nsockets = 1" =>
-    "DIR/etc/configuration.toml:4:18: hypervisor.qemu.default_vcpus: found a table, expected a whole number from -1 to 1024");
+    "DIR/etc/configuration.toml:4:18: hypervisor.qemu.default_vcpus: found a table, expected a number from -1 to 1024");
 
 mistake!(a_line_break_does_not_reach_the_kernel:
     "kernel_params = \"quiet\\nroot=/dev/evil\"" =>
@@ -129,16 +145,209 @@ mistake!(a_number_is_no_hypervisor:
 
 mistake!(every_mistake_is_told_at_once:
     "default_vcpus = 0x10000\nimage = \"DIR/nothing\"\nbogus = 1\n[agent]\nx = 1\n[runtime]\nboot_timeout_ms = 0" =>
-    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_vcpus: found 65536 (an integer), expected a whole number from -1 to 1024",
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_vcpus: found 65536 (an integer), expected a number from -1 to 1024",
     "DIR/etc/configuration.toml:5:1: hypervisor.qemu.image: DIR/nothing does not exist",
-    "DIR/etc/configuration.toml:6:1: hypervisor.qemu.bogus: unknown key; accepted: path, kernel, initrd, image, kernel_params, default_vcpus, default_maxvcpus, default_memory, default_maxmemory, virtio_fs_daemon, virtio_fs_cache, virtio_fs_extra_args, shared_fs, machine_type, queue_size, enable_iothreads",
+    "DIR/etc/configuration.toml:6:1: hypervisor.qemu.bogus: unknown key; accepted: path, kernel, initrd, image, kernel_params, default_vcpus, default_maxvcpus, default_memory, default_maxmemory, shared_fs, virtio_fs_daemon, virtio_fs_cache, virtio_fs_extra_args, rootfs, rootfs_writable, rootfs_disk_size, rootfs_max_disks, layer_cache_path, layer_cache_size, enable_annotations, valid_hypervisor_paths, valid_kernel_paths, valid_initrd_paths, valid_image_paths, valid_virtio_fs_daemon_paths, machine_type, queue_size, enable_iothreads, hotplug_slots, extra_args, firmware_tool, valid_firmware_tool_paths",
     "DIR/etc/configuration.toml:8:1: agent.x: unknown key; accepted: debug_console_enabled",
-    "DIR/etc/configuration.toml:10:1: runtime.boot_timeout_ms: found 0 (an integer), expected a whole number from 1 to 3600000");
+    "DIR/etc/configuration.toml:10:1: runtime.boot_timeout_ms: found 0 (an integer), expected a whole number of ms from 1 to 3600000");
 
 mistake!(every_syntax_error_is_told:
     "default_vcpus =\ndefault_memory = 1 2" =>
     "DIR/etc/configuration.toml:4:16: string values must be quoted, expected literal string",
     "DIR/etc/configuration.toml:5:18: string values must be quoted, expected literal string");
+
+mistake!(an_unterminated_string_is_located:
+    "kernel_params = \"quiet" =>
+    "DIR/etc/configuration.toml:4:23: invalid basic string, expected `\"`");
+
+mistake!(a_key_that_is_written_twice_is_located:
+    "default_vcpus = 1\ndefault_vcpus = 2" =>
+    "DIR/etc/configuration.toml:5:1: duplicate key");
+
+mistake!(a_table_that_is_written_twice_is_located:
+    "[agent]\n[agent]" =>
+    "DIR/etc/configuration.toml:5:2: duplicate key");
+
+mistake!(an_array_of_tables_is_no_table:
+    "[[agent]]\ndebug_console_enabled = true" =>
+    "DIR/etc/configuration.toml:4:3: agent: found an array, expected a table");
+
+mistake!(katas_agent_table_is_unknown:
+    "[agent.kata]\ndebug_console_enabled = true" =>
+    "DIR/etc/configuration.toml:4:8: agent.kata: unknown key; accepted: debug_console_enabled");
+
+mistake!(a_key_below_a_value_is_refused:
+    "[hypervisor.qemu.kernel_params]\nquiet = true" =>
+    "DIR/etc/configuration.toml:4:18: hypervisor.qemu.kernel_params: found a table, expected a string");
+
+mistake!(a_log_level_of_another_program_gets_the_list:
+    "[runtime]\nlog_level = \"verbose\"" =>
+    "DIR/etc/configuration.toml:5:1: runtime.log_level: found \"verbose\" (a string), expected one of \"error\", \"warn\", \"info\", \"debug\", \"trace\"");
+
+mistake!(a_timeout_of_more_than_an_hour_is_refused:
+    "[runtime]\ncreate_timeout_ms = 3600001" =>
+    "DIR/etc/configuration.toml:5:1: runtime.create_timeout_ms: found 3600001 (an integer), expected a whole number of ms from 1 to 3600000");
+
+mistake!(a_way_to_share_that_there_is_not_gets_the_list:
+    "shared_fs = \"virtio-9p\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.shared_fs: found \"virtio-9p\" (a string), expected one of \"virtio-fs\", \"none\"; did you mean \"virtio-fs\"?");
+
+mistake!(a_hypervisor_that_does_not_exist_is_named:
+    "path = \"DIR/bin/qemu\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.path: DIR/bin/qemu does not exist");
+
+mistake!(what_describes_disks_needs_disks:
+    "rootfs_writable = \"disk\"\nrootfs_max_disks = 3" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.rootfs_writable: has no effect, since hypervisor.qemu.rootfs is \"auto\" at its default",
+    "DIR/etc/configuration.toml:5:1: hypervisor.qemu.rootfs_max_disks: has no effect, since hypervisor.qemu.rootfs is \"auto\" at its default");
+
+mistake!(a_disks_size_needs_a_disk:
+    "rootfs = \"block\"\nrootfs_disk_size = 512" =>
+    "DIR/etc/configuration.toml:5:1: hypervisor.qemu.rootfs_disk_size: has no effect, since hypervisor.qemu.rootfs_writable is \"memory\" at its default");
+
+mistake!(one_disk_is_too_few:
+    "rootfs = \"block\"\nrootfs_max_disks = 1" =>
+    "DIR/etc/configuration.toml:5:1: hypervisor.qemu.rootfs_max_disks: found 1 (an integer), expected a whole number from 2 to 24");
+
+mistake!(a_relative_cache_is_refused:
+    "layer_cache_path = \"layers\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.layer_cache_path: found \"layers\" (a string), expected the absolute path of a folder");
+
+mistake!(one_glob_is_no_array_of_globs:
+    "enable_annotations = \"default_memory\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.enable_annotations: found \"default_memory\" (a string), expected an array of globs");
+
+mistake!(a_glob_without_an_end_is_refused:
+    "valid_kernel_paths = [\"/srv/[ab\"]" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.valid_kernel_paths: \"/srv/[ab\" is no glob: invalid range pattern");
+
+mistake!(an_annotation_without_a_key_gets_the_nearest_one:
+    "enable_annotations = [\"default_vcpus\", \"default_memori\"]" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.enable_annotations: \"default_memori\" is no key; did you mean \"default_memory\"?");
+
+mistake!(a_path_that_nothing_allows_is_not_enabled:
+    "enable_annotations = [\"kernel\"]" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.enable_annotations: \"kernel\" allows nothing without globs in valid_kernel_paths");
+
+mistake!(a_backends_array_is_no_string:
+    "extra_args = \"-nodefaults\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.extra_args: found \"-nodefaults\" (a string), expected an array");
+
+mistake!(a_backends_number_has_bounds:
+    "hotplug_slots = 300" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.hotplug_slots: found 300 (an integer), expected a whole number from 0 to 255");
+
+mistake!(a_backends_choice_gets_the_nearest_word:
+    "machine_type = \"microvn\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.machine_type: found \"microvn\" (a string), expected one of \"microvm\", \"q35\"; did you mean \"microvm\"?");
+
+mistake!(a_backends_program_must_exist:
+    "firmware_tool = \"/no/tool\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.firmware_tool: /no/tool does not exist");
+
+mistake!(a_table_of_no_hypervisor_is_not_passed_over:
+    "[hypervisor.qmeu]\n[runtime]\nhypervisor = \"qemu\"" =>
+    "DIR/etc/configuration.toml:4:13: hypervisor.qmeu: caisson-vmm-qmeu is not installed: looked in DIR/bin; did you mean \"qemu\"?");
+
+mistake!(a_table_that_is_not_in_use_is_checked_too:
+    "[hypervisor.fc]\ndefault_memory = \"much\"\n[runtime]\nhypervisor = \"qemu\"" =>
+    "DIR/etc/configuration.toml:5:1: hypervisor.firecracker.default_memory: found \"much\" (a string), expected a whole number of MiB from 32 to 16777216");
+
+/// One test: what a hypervisor can do, what is written, and every problem that is told.
+macro_rules! beyond {
+    ($name:ident: $capabilities:expr, $written:expr => $($told:expr),+ $(,)?) => {
+        #[tokio::test]
+        async fn $name() {
+            let host = Host::new();
+            host.able_launcher("qemu", "[]", $capabilities);
+            host.configure($written);
+            assert_eq!(host.resolve().await.unwrap_err(), [$($told),+]);
+        }
+    };
+}
+
+beyond!(sharing_is_not_for_every_hypervisor:
+    r#"{"version": "1.7", "devices": ["block"], "missing": {"fs": "it was built without"}}"#, "" =>
+    "hypervisor.qemu.shared_fs: found \"virtio-fs\", but qemu 1.7 has no virtio-fs (it was built without); set it to \"none\"");
+
+beyond!(growing_is_not_for_every_hypervisor:
+    r#"{"version": "1.7", "devices": ["fs"]}"#, "default_maxvcpus = 4\ndefault_maxmemory = 512" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_maxvcpus: found 4, but qemu 1.7 has no vCPU hotplug; set it to 0",
+    "DIR/etc/configuration.toml:5:1: hypervisor.qemu.default_maxmemory: found 512, but qemu 1.7 has no memory hotplug; set it to 0");
+
+beyond!(disks_are_not_for_every_hypervisor:
+    r#"{"devices": ["fs"]}"#, "image = \"DIR/initrd\"\nrootfs = \"block\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.image: found \"DIR/initrd\", but qemu has no disks; use initrd instead",
+    "DIR/etc/configuration.toml:5:1: hypervisor.qemu.rootfs: found \"block\", but qemu has no disks; set it to \"virtio-fs\"");
+
+beyond!(a_host_without_kvm_is_not_for_every_hypervisor:
+    r#"{"devices": ["fs"], "accelerator": "", "accelerator_reason": "there is no /dev/kvm"}"#, "" =>
+    "DIR/etc/configuration.toml:1:13: hypervisor.qemu: cannot run here: there is no /dev/kvm");
+
+beyond!(a_launcher_that_does_not_know_what_it_can_do_is_reported:
+    "everything", "" =>
+    "DIR/etc/configuration.toml:1:13: hypervisor.qemu: ask DIR/bin/caisson-vmm-qemu what it can do: the answer is not what was asked for: expected value at line 1 column 1");
+
+#[tokio::test]
+async fn a_hypervisor_that_cannot_run_here_says_why() {
+    let host = Host::new();
+    host.configure("");
+    host.program("bin/caisson-vmm-qemu", "[ $1 = options ] && echo '[]' || { echo 'no /dev/kvm' >&2; exit 1; }");
+    assert_eq!(
+        host.resolve().await.unwrap_err(),
+        ["DIR/etc/configuration.toml:1:13: hypervisor.qemu: ask DIR/bin/caisson-vmm-qemu what it can do: \
+          exit status: 1: \"no /dev/kvm\""]
+    );
+}
+
+#[tokio::test]
+async fn what_switches_sharing_off_leaves_nothing_to_say_about_it() {
+    let host = Host::new();
+    host.write(
+        "etc/configuration.toml",
+        "[hypervisor.qemu]\nkernel = \"DIR/kernel\"\nshared_fs = \"none\"\nvirtio_fs_cache = \"always\"",
+    );
+    assert_eq!(
+        host.resolve().await.unwrap_err(),
+        ["DIR/etc/configuration.toml:4:1: hypervisor.qemu.virtio_fs_cache: has no effect, since \
+          hypervisor.qemu.shared_fs is \"none\" at DIR/etc/configuration.toml:3:1"]
+    );
+}
+
+#[tokio::test]
+async fn a_way_that_is_switched_off_contradicts_itself() {
+    let host = Host::new();
+    host.write(
+        "etc/configuration.toml",
+        "[hypervisor.qemu]\nkernel = \"DIR/kernel\"\nrootfs = \"virtio-fs\"\nshared_fs = \"none\"",
+    );
+    assert_eq!(
+        host.resolve().await.unwrap_err(),
+        ["DIR/etc/configuration.toml:3:1: hypervisor.qemu.rootfs: found \"virtio-fs\", but hypervisor.qemu.shared_fs \
+          is \"none\" at DIR/etc/configuration.toml:4:1; set it to \"block\""]
+    );
+}
+
+#[tokio::test]
+async fn no_kernel_is_no_virtual_machine() {
+    let host = Host::new();
+    host.write("etc/configuration.toml", "[hypervisor.qemu]\nkernel = \"\"\nvirtio_fs_daemon = \"\"");
+    assert_eq!(
+        host.resolve().await.unwrap_err(),
+        [
+            "DIR/etc/configuration.toml:2:1: hypervisor.qemu.kernel: found \"\", expected the absolute path of a file",
+            "DIR/etc/configuration.toml:3:1: hypervisor.qemu.virtio_fs_daemon: found \"\", expected the absolute path \
+             of a program, since shared_fs is \"virtio-fs\""
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_relative_request_is_refused() {
+    let host = Host::new();
+    let told = host.resolve_file(Some(std::path::Path::new("configuration.toml"))).await.unwrap_err();
+    assert_eq!(told, ["read configuration.toml: not an absolute path"]);
+}
 
 #[tokio::test]
 async fn one_hypervisor_under_two_names_is_refused() {
@@ -184,7 +393,7 @@ async fn a_launcher_that_talks_nonsense_is_reported() {
     host.launcher("qemu", "hello");
     let told = host.resolve().await.unwrap_err();
     assert_eq!(told.len(), 1);
-    assert!(told[0].contains("the answer is no list of options: expected value at line 1 column 1"), "{told:?}");
+    assert!(told[0].contains("the answer is not what was asked for: expected value at line 1 column 1"), "{told:?}");
 }
 
 #[tokio::test]

@@ -4,20 +4,22 @@ mod host;
 
 use std::{
     fs,
+    io::{BufRead, BufReader},
     path::Path,
     process::{Child, Command, Stdio},
 };
 
-use caisson_config_service::client::ConfigService;
+use caisson_config_service::{client::ConfigService, installation::FILE_VARIABLE};
 use caisson_protocol::{
-    config::{CheckRequest, ShowRequest},
+    config::{CheckRequest, ResolveRequest, ShowRequest, UseRequest, WatchEvent, WatchRequest},
     config_ttrpc::ConfigClient,
     deadline, listen,
+    paths::RUN_DIR_VARIABLE,
 };
 use host::{Host, LIMIT, ask};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::{Client, ClientStreamReceiver};
 
 /// Ends the service that a test's calls started.
 struct Started<'a>(&'a Host);
@@ -37,6 +39,7 @@ fn start(host: &Host, arguments: &[&str]) -> Child {
     Command::new(host.path("bin/caisson-config-service"))
         .arg("serve")
         .args(arguments)
+        .env(FILE_VARIABLE, host.path("etc/configuration.toml"))
         .stdin(listen::as_stdin(listener))
         .stderr(Stdio::null())
         .spawn()
@@ -224,13 +227,130 @@ async fn a_call_after_the_idle_end_starts_it_again() {
     assert_eq!(ask(&service, &file).await.unwrap().hypervisor, "qemu");
 }
 
+#[tokio::test]
+async fn what_was_good_outlives_the_service() {
+    let host = Host::new();
+    let file = host.configure("default_vcpus = 3");
+    let (service, _started) = (host.service(), Started(&host));
+    ask(&service, &file).await.unwrap();
+    kill(services(&host)[0], Signal::SIGKILL).unwrap();
+    host.configure("default_vcpus = nonsense");
+    let config = ask(&service, &file).await.unwrap();
+    assert_eq!(config.vm.vcpus, 3);
+    assert_eq!(config.warnings[1], "the last good configuration stays in force");
+}
+
+#[tokio::test]
+async fn a_state_that_a_killed_service_did_not_finish_is_not_read() {
+    let host = Host::new();
+    let file = host.configure("default_vcpus = 3");
+    let (service, _started) = (host.service(), Started(&host));
+    ask(&service, &file).await.unwrap();
+    kill(services(&host)[0], Signal::SIGKILL).unwrap();
+    let kept = fs::read_dir(host.path("run/config.kept")).unwrap().next().unwrap().unwrap().path();
+    fs::rename(&kept, kept.with_added_extension("new")).unwrap();
+    host.configure("default_vcpus = nonsense");
+    let told = ask(&service, &file).await.unwrap_err();
+    assert!(told.contains("toml:4:17: "), "{told}");
+}
+
+#[tokio::test]
+async fn an_annotation_that_is_refused_reaches_the_shim_as_a_sentence() {
+    let host = Host::new();
+    host.configure("");
+    let (service, _started) = (host.service(), Started(&host));
+    let annotations = [("io.caisson.config.hypervisor.default_memory".to_owned(), "1024".to_owned())].into();
+    let config_path = host.path("etc/configuration.toml").display().to_string();
+    let request = ResolveRequest { config_path, annotations, ..Default::default() };
+    let error = service.resolve(&request, LIMIT).await.unwrap_err();
+    assert_eq!(
+        host.shortened(&caisson_protocol::status::sentence(&error)),
+        "annotation io.caisson.config.hypervisor.default_memory: not allowed; add enable_annotations with \
+         \"default_memory\" to [hypervisor.qemu] at DIR/etc/configuration.toml:1"
+    );
+}
+
+#[tokio::test]
+async fn use_switches_what_the_next_sandbox_gets() {
+    let host = Host::new();
+    for hypervisor in ["builtin", "qemu"] {
+        let shipped = host.installed(hypervisor, "");
+        fs::rename(&shipped, host.path("etc").join(shipped.file_name().unwrap())).unwrap();
+    }
+    let mut running = start(&host, &[]);
+    let service = host.service();
+    let request = |name: &str| UseRequest { configuration: name.into(), ..Default::default() };
+    service.use_configuration(&request("qemu"), LIMIT).await.unwrap();
+    assert_eq!(ask(&service, Path::new("")).await.unwrap().hypervisor, "qemu");
+    let switched = service.use_configuration(&request("dragonball"), LIMIT).await.unwrap();
+    assert!(switched.path.ends_with("configuration-builtin.toml"), "{switched}");
+    assert_eq!(ask(&service, Path::new("")).await.unwrap().hypervisor, "builtin");
+    service.use_configuration(&request(""), LIMIT).await.unwrap();
+    assert_eq!(ask(&service, Path::new("")).await.unwrap().hypervisor, "qemu");
+    let listed = service.list(LIMIT).await.unwrap().configurations;
+    let in_force: Vec<_> =
+        listed.iter().filter(|listed| listed.in_force).map(|listed| listed.hypervisor.as_str()).collect();
+    assert_eq!((listed.len(), in_force), (2, vec!["qemu"]));
+    running.kill().unwrap();
+    running.wait().unwrap();
+}
+
+#[tokio::test]
+async fn a_watcher_hears_of_every_change_and_of_nothing_else() {
+    let host = Host::new();
+    let file = host.configure("default_vcpus = 1");
+    let (service, _started) = (host.service(), Started(&host));
+    let request = WatchRequest { config_path: file.display().to_string(), ..Default::default() };
+    let mut events = service.watch(&request, LIMIT).await.unwrap();
+    let first = next(&mut events).await;
+    assert_eq!((first.hypervisor.as_str(), first.problems.len(), first.last_good), ("qemu", 0, false));
+    // Neither is part of the configuration, or changes it.
+    host.write("etc/other.toml", "");
+    fs::rename(host.configure_as("etc/next", "default_vcpus = 1\n# a remark"), &file).unwrap();
+    host.write("etc/config.d/a.toml", "[hypervisor.qemu]\nbogus = 1");
+    let second = next(&mut events).await;
+    assert_eq!((second.problems.len(), second.last_good), (2, true));
+    fs::remove_file(host.path("etc/config.d/a.toml")).unwrap();
+    let third = next(&mut events).await;
+    assert_eq!((third.problems.len(), third.last_good), (0, false));
+}
+
+async fn next(events: &mut ClientStreamReceiver<WatchEvent>) -> WatchEvent {
+    tokio::time::timeout(LIMIT, events.recv()).await.expect("no event").unwrap().expect("the stream ended")
+}
+
+#[tokio::test]
+async fn started_by_hand_it_makes_the_hosts_socket_and_there_is_only_one() {
+    let host = Host::new();
+    let file = host.configure("");
+    let (service, _started) = (host.service(), Started(&host));
+    let serve = || {
+        let mut command = Command::new(host.path("bin/caisson-config-service"));
+        command.arg("serve").env(RUN_DIR_VARIABLE, host.path("run")).stdin(Stdio::null()).stderr(Stdio::piped());
+        command
+    };
+    let mut first = serve().spawn().unwrap();
+    let log = BufReader::new(first.stderr.take().unwrap());
+    assert!(log.lines().next().unwrap().unwrap().contains("serving"));
+    ask(&service, &file).await.unwrap();
+    assert_eq!(services(&host).len(), 1);
+    let second = serve().output().unwrap();
+    let words = host.shortened(&String::from_utf8(second.stderr).unwrap());
+    assert_eq!(words, "caisson-config-service: serve DIR/run/config.sock: another one serves it\n");
+    first.kill().unwrap();
+    first.wait().unwrap();
+}
+
 #[test]
-fn started_by_hand_it_says_what_is_missing() {
-    let output =
-        Command::new(env!("CARGO_BIN_EXE_caisson-config-service")).arg("serve").stdin(Stdio::null()).output().unwrap();
-    assert!(!output.status.success());
-    let words = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(words, "caisson-config-service: standard input is not a listening socket\n");
+fn generate_writes_every_file_and_the_page() {
+    let host = Host::new();
+    host.service();
+    let program = host.path("bin/caisson-config-service");
+    let output = Command::new(program).args(["generate", "--prefix", "/opt/c"]).arg(host.path("run")).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let text = fs::read_to_string(host.path("run/configuration-dragonball.toml")).unwrap();
+    assert!(text.contains("\nkernel = \"/opt/c/share/caisson/vmlinux\"\n"), "{text}");
+    assert!(fs::read_to_string(host.path("run/reference.md")).unwrap().contains("| `machine_type` |"));
 }
 
 #[test]

@@ -68,11 +68,11 @@ pub enum Compression {
 pub struct Rootfs {
     /// What is in it.
     pub flavour: RootfsFlavour,
-    /// Debian packages on top of `minbase`, for `debian`.
+    /// Debian packages on top of `minbase` (and of the test host's own), for `debian` and `test-host`.
     pub packages: Vec<String>,
-    /// Debian release, for `debian`.
+    /// Debian release, for `debian` and `test-host`.
     pub suite: String,
-    /// Debian mirror, for `debian`; by default Debian's own, with its updates and security fixes.
+    /// Debian mirror, for `debian` and `test-host`; by default Debian's own, with its updates and security fixes.
     pub mirror: Option<String>,
     /// Filesystem.
     pub format: Format,
@@ -82,13 +82,16 @@ pub struct Rootfs {
 
 /// What is in the root filesystem.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum RootfsFlavour {
     /// The agent and the kernel's modules.
     #[default]
     Minimal,
     /// A small Debian system with the agent as its init.
     Debian,
+    /// A Debian system to run and test hypervisors and containerd in. Neither agent nor modules are in it: its initrd
+    /// has them.
+    TestHost,
 }
 
 /// Filesystem of the root image.
@@ -186,7 +189,10 @@ impl Recipe {
             return Err(format!("key `kernel.modules`: `{name}` is not a module name, such as `virtio_blk`"));
         }
         if self.rootfs.flavour == RootfsFlavour::Minimal && !self.rootfs.packages.is_empty() {
-            return Err("key `rootfs.packages` needs `flavour = \"debian\"` under [rootfs]".to_owned());
+            return Err(
+                "key `rootfs.packages` needs `flavour = \"debian\"` or `flavour = \"test-host\"` under [rootfs]"
+                    .to_owned(),
+            );
         }
         if !is_package_name(&self.rootfs.suite) {
             return Err(format!(
@@ -270,6 +276,12 @@ mod tests {
     #[test]
     fn packages_of_a_minimal_rootfs_are_refused() {
         assert!(parse("[rootfs]\npackages = [\"curl\"]").unwrap_err().contains("needs `flavour = \"debian\"`"));
+    }
+
+    #[test]
+    fn a_test_host_may_have_more_packages() {
+        let recipe = parse("[rootfs]\nflavour = \"test-host\"\npackages = [\"gdb\"]\nsuite = \"sid\"").unwrap();
+        assert_eq!(recipe.rootfs.flavour, RootfsFlavour::TestHost);
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The root filesystem image: the agent as `/sbin/init`, alone or in a small Debian system, as erofs or ext4, with a
-//! dm-verity hash tree behind it if wanted.
+//! The root filesystem image: the agent as `/sbin/init`, alone or in a small Debian system, or a Debian system to test
+//! in; as erofs or ext4, with a dm-verity hash tree behind it if wanted.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,6 +20,23 @@ const SOURCE_DATE_EPOCH: &str = "1";
 
 /// Left out of a Debian system: nobody reads manuals in a guest.
 const EXCLUDED: &[&str] = &["/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/man/*"];
+
+/// What a test host is for, and what its tests call.
+const TEST_HOST_PACKAGES: &[&str] = &[
+    "busybox-static",
+    "containerd",
+    "e2fsprogs",
+    "erofs-utils",
+    "iproute2",
+    "kmod",
+    "libcap-ng0",
+    "libseccomp2",
+    "procps",
+    "qemu-system-x86",
+    "runc",
+    "strace",
+    "util-linux",
+];
 
 /// Differs from run to run, or tells of the machine that built it.
 const VOLATILE: &[&str] = &[
@@ -42,24 +59,31 @@ const VOLATILE: &[&str] = &[
 
 /// Builds the image, or finds it in the cache.
 pub fn build(cache: &Cache, recipe: &Rootfs, kernel: &Entry, agent: &Agent, progress: &Progress) -> Result<Entry> {
-    let section = kernel::module_inputs(kernel, Section::default().input("agent", None, &agent.sha256))
+    let section = Section::default()
         .option("format", filesystem::name(recipe.format))
         .option("verity", recipe.verity.to_string());
     let section = filesystem::tool(section, recipe.format)?;
     let section = match recipe.flavour {
-        RootfsFlavour::Minimal => section.option("flavour", "minimal"),
-        RootfsFlavour::Debian => debian_inputs(section, cache, recipe)?,
+        RootfsFlavour::Minimal => guest_inputs(section.option("flavour", "minimal"), kernel, agent),
+        RootfsFlavour::Debian => {
+            let section = guest_inputs(section.option("flavour", "debian"), kernel, agent);
+            archive_state(debian_inputs(section, recipe)?, cache, recipe)?
+        }
+        // A test host is given to nobody, and need not be made anew with every update of the archive.
+        RootfsFlavour::TestHost => debian_inputs(section.option("flavour", "test-host"), recipe)?,
     };
     cache.entry("rootfs", section, |directory, section| {
         let work = cache.temporary()?;
         let root = work.path().join("root");
         fs::create_dir(&root).map_err(Error::file("create", &root))?;
-        if recipe.flavour == RootfsFlavour::Debian {
+        if recipe.flavour != RootfsFlavour::Minimal {
             progress.step(format!("installing Debian {} into a directory", recipe.suite));
             let packages = install_debian(recipe, &root)?;
             section.note("packages", packages);
         }
-        guest_files(kernel, agent)?.write_directory(&root)?;
+        if recipe.flavour != RootfsFlavour::TestHost {
+            guest_files(kernel, agent)?.write_directory(&root)?;
+        }
         progress.step(format!("making the {} image", filesystem::name(recipe.format)));
         let image = directory.join(file_name(recipe.format));
         filesystem::make(recipe.format, &root, &image)?;
@@ -85,19 +109,34 @@ fn guest_files(kernel: &Entry, agent: &Agent) -> Result<Tree> {
     Ok(tree)
 }
 
-/// The state of the Debian archive is an input: which versions it holds is what its signed index says.
-fn debian_inputs(section: Section, cache: &Cache, recipe: &Rootfs) -> Result<Section> {
-    let work = cache.temporary()?;
-    let mut packages = recipe.packages.clone();
-    packages.sort();
-    packages.dedup();
-    let section = section
-        .option("flavour", "debian")
+fn guest_inputs(section: Section, kernel: &Entry, agent: &Agent) -> Section {
+    kernel::module_inputs(kernel, section.input("agent", None, &agent.sha256))
+}
+
+fn debian_inputs(section: Section, recipe: &Rootfs) -> Result<Section> {
+    let section = match &recipe.mirror {
+        Some(mirror) => section.option("mirror", mirror),
+        None => section,
+    };
+    Ok(section
         .option("suite", &recipe.suite)
-        .option("packages", packages.join(" "))
-        .tool("mmdebstrap", tool::version("mmdebstrap")?);
-    let indices = indices(recipe);
-    indices.iter().enumerate().try_fold(section, |section, (number, address)| {
+        .option("packages", packages(recipe).join(" "))
+        .tool("mmdebstrap", tool::version("mmdebstrap")?))
+}
+
+/// What is installed on top of `minbase`.
+fn packages(recipe: &Rootfs) -> Vec<&str> {
+    let own = if recipe.flavour == RootfsFlavour::TestHost { TEST_HOST_PACKAGES } else { &[] };
+    let mut packages: Vec<&str> = recipe.packages.iter().map(String::as_str).chain(own.iter().copied()).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    packages
+}
+
+/// The state of the Debian archive is an input: which versions it holds is what its signed index says.
+fn archive_state(section: Section, cache: &Cache, recipe: &Rootfs) -> Result<Section> {
+    let work = cache.temporary()?;
+    indices(recipe).iter().enumerate().try_fold(section, |section, (number, address)| {
         let file: PathBuf = work.path().join(number.to_string());
         apt::fetch(address, &file)?;
         Ok(section.input(address, None, &digest::of_file(&file)?))
@@ -120,7 +159,7 @@ fn indices(recipe: &Rootfs) -> Vec<String> {
 /// Installs into the directory; returns `name=version` of every package.
 fn install_debian(recipe: &Rootfs, root: &Path) -> Result<String> {
     let excluded = EXCLUDED.iter().map(|path| format!("--dpkgopt=path-exclude={path}"));
-    let included = recipe.packages.iter().map(|package| format!("--include={package}"));
+    let included = packages(recipe).into_iter().map(|package| format!("--include={package}"));
     Tool::new("mmdebstrap", format!("install Debian {}", recipe.suite))
         .env("SOURCE_DATE_EPOCH", SOURCE_DATE_EPOCH)
         .args(["--quiet", "--mode=root", "--format=directory", "--variant=minbase"])

@@ -8,14 +8,14 @@ pub mod listen;
 pub mod paths;
 pub mod status;
 pub mod stream;
-mod sys;
+pub mod sys;
 
 use std::time::Duration;
 
 /// containerd's own contracts: Task, Sandbox, events, types.
 pub use containerd_shim_protos as containerd;
 
-pub use generated::{config, config_ttrpc, guest, guest_ttrpc, runtimeoptions, vmm, vmm_ttrpc};
+pub use generated::{config, config_ttrpc, guest, guest_ttrpc, runtimeoptions, sandbox, sandbox_ttrpc, vmm, vmm_ttrpc};
 
 /// The context of a call that must be answered within `limit`.
 pub fn deadline(limit: Duration) -> ttrpc::context::Context {

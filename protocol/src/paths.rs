@@ -18,6 +18,10 @@ pub const DEFAULT_RUN_DIR: &str = "/run/caisson";
 pub const GUEST_SHARED_DIR: &str = "/run/caisson/shared";
 /// Where the guest keeps bundles: one folder per container.
 pub const GUEST_BUNDLE_DIR: &str = "/run/caisson/bundles";
+/// Where the guest mounts disks that containers may share: one folder per disk.
+pub const GUEST_LAYERS_DIR: &str = "/run/caisson/layers";
+/// Where the guest makes root filesystems of disks: one folder per container.
+pub const GUEST_ROOTFS_DIR: &str = "/run/caisson/rootfs";
 /// The virtio-fs tag of [`GUEST_SHARED_DIR`].
 pub const SHARED_TAG: &str = "caisson";
 
@@ -57,6 +61,11 @@ impl SandboxDir {
     /// Who the sandbox is and which processes serve it.
     pub fn record(&self) -> PathBuf {
         self.0.join("sandbox.json")
+    }
+
+    /// The shim's socket: containerd's Task service, and the Sandbox service for people's tools.
+    pub fn shim_socket(&self) -> PathBuf {
+        self.0.join("shim.sock")
     }
 
     /// The launcher's socket.

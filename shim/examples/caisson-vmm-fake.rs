@@ -2,11 +2,13 @@
 //!
 //! It speaks the contracts as the real ones do and refuses what they refuse: wrong order, unknown names, missing files.
 //! A container's command runs as a plain process of the host. `$FAKE_GUEST` asks for a guest that misbehaves:
-//! `panics` ends the VM at boot, `silent` never calls the host.
+//! `panics` ends the VM at boot, `silent` never calls the host. `$FAKE_HOTPLUG` set to `none` is a VM that takes no disks
+//! while it runs. What happens to disks, mounts and copies is told to `$FAKE_JOURNAL`, a pipe, one line each.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     env, fs,
+    io::Write,
     os::unix::process::ExitStatusExt,
     path::PathBuf,
     process::Stdio,
@@ -23,15 +25,16 @@ use caisson_protocol::{
         shim_async::{Task, create_task},
     },
     guest::{
-        CopyFileRequest, CopyFileResponse, Event, EventsRequest, ProcessExited, SetupRequest, SetupResponse,
-        event::Kind,
+        AddStorageRequest, AddStorageResponse, CopyFileRequest, CopyFileResponse, Event, EventsRequest, FileKind,
+        ProcessExited, RemoveStorageRequest, RemoveStorageResponse, SetupRequest, SetupResponse, event::Kind,
     },
     guest_ttrpc::{Guest, create_guest},
     listen,
     status::{Code, Status},
     vmm::{
-        BootRequest, BootResponse, CreateRequest, CreateResponse, ExitReason, GuestDevice, StateRequest, StateResponse,
-        StopRequest, StopResponse, WaitRequest, WaitResponse, device,
+        AttachRequest, AttachResponse, BootRequest, BootResponse, CreateRequest, CreateResponse, DetachRequest,
+        DetachResponse, Device, ExitReason, GuestDevice, StateRequest, StateResponse, StopRequest, StopResponse,
+        WaitRequest, WaitResponse, device,
     },
     vmm_ttrpc::{Vmm, create_vmm},
 };
@@ -56,16 +59,44 @@ const CONSOLE: &str = "[    0.1] Kernel panic - not syncing: Attempted to kill i
 async fn main() {
     nix::sys::prctl::set_pdeathsig(Signal::SIGTERM).expect("ask for a signal at the parent's death");
     let mut terminated = signal(SignalKind::terminate()).expect("wait for SIGTERM");
-    let launcher = Arc::new(Launcher { vsock: Mutex::new(None), end: watch::Sender::new(None) });
+    let launcher = Arc::new(Launcher { vsock: Mutex::new(None), disks: Arc::default(), end: watch::Sender::new(None) });
     let listener = listen::inherited().expect("standard input is a socket");
     let mut server = Server::new().add_listener(listener).register_service(create_vmm(launcher));
     server.start().await.expect("serve");
     terminated.recv().await;
 }
 
+/// The ids of the disks that the VM has.
+type Disks = Arc<Mutex<HashSet<String>>>;
+
 struct Launcher {
     vsock: Mutex<Option<PathBuf>>,
+    disks: Disks,
     end: watch::Sender<Option<(ExitReason, &'static str)>>,
+}
+
+/// One write per line, so that lines stay whole.
+fn tell(line: String) {
+    if let Some(journal) = env::var_os("FAKE_JOURNAL") {
+        let mut journal = fs::File::options().append(true).open(journal).expect("open the journal");
+        journal.write_all(format!("{line}\n").as_bytes()).expect("write the journal");
+    }
+}
+
+impl Launcher {
+    /// Where the guest finds the disk.
+    fn add_disk(&self, device: &Device) -> ttrpc::Result<String> {
+        let Some(device::Kind::Block(block)) = &device.kind else {
+            return refuse(Code::INVALID_ARGUMENT, "not a disk");
+        };
+        if !PathBuf::from(&block.path).is_file() {
+            return refuse(Code::INVALID_ARGUMENT, &format!("disk {} does not exist", block.path));
+        }
+        if !self.disks.lock().unwrap().insert(device.id.clone()) {
+            return refuse(Code::INVALID_ARGUMENT, &format!("there is a disk {} already", device.id));
+        }
+        Ok(format!("serial:{}", device.id))
+    }
 }
 
 fn refuse<T>(code: Code, message: &str) -> ttrpc::Result<T> {
@@ -92,6 +123,10 @@ impl Vmm for Launcher {
                 Some(device::Kind::Fs(fs)) if !PathBuf::from(&fs.shared_dir).is_dir() => {
                     return refuse(Code::INVALID_ARGUMENT, "shared_dir does not exist");
                 }
+                Some(device::Kind::Block(_)) => {
+                    tell(format!("born with {}", device.id));
+                    self.add_disk(device)?
+                }
                 _ => String::new(),
             };
             devices.push(GuestDevice { id: device.id.clone(), address, ..Default::default() });
@@ -106,7 +141,7 @@ impl Vmm for Launcher {
         match env::var("FAKE_GUEST").as_deref() {
             Ok("panics") => drop(self.end.send_replace(Some((ExitReason::GUEST_PANIC, "the guest kernel panicked")))),
             Ok("silent") => {}
-            _ => drop(tokio::spawn(serve_guest(vsock, self.end.clone()))),
+            _ => drop(tokio::spawn(serve_guest(vsock, self.disks.clone(), self.end.clone()))),
         }
         Ok(BootResponse::new())
     }
@@ -127,13 +162,32 @@ impl Vmm for Launcher {
         Ok(StopResponse::new())
     }
 
+    async fn attach(&self, _: &TtrpcContext, request: AttachRequest) -> ttrpc::Result<AttachResponse> {
+        if env::var("FAKE_HOTPLUG").as_deref() == Ok("none") {
+            return refuse(Code::UNIMPLEMENTED, "attaching a block device is not supported with fake");
+        }
+        let device = request.device.unwrap_or_default();
+        let (id, address) = (device.id.clone(), self.add_disk(&device)?);
+        tell(format!("attached {id}"));
+        let device = GuestDevice { id, address, ..Default::default() };
+        Ok(AttachResponse { device: Some(device).into(), ..Default::default() })
+    }
+
+    async fn detach(&self, _: &TtrpcContext, request: DetachRequest) -> ttrpc::Result<DetachResponse> {
+        if !self.disks.lock().unwrap().remove(&request.id) {
+            return refuse(Code::INVALID_ARGUMENT, &format!("no device was attached as {}", request.id));
+        }
+        tell(format!("detached {}", request.id));
+        Ok(DetachResponse::new())
+    }
+
     async fn state(&self, _: &TtrpcContext, _: StateRequest) -> ttrpc::Result<StateResponse> {
         Ok(StateResponse { console_tail: CONSOLE.into(), ..Default::default() })
     }
 }
 
 /// Dials the host, as the agent does, and serves it until the connection ends.
-async fn serve_guest(vsock: PathBuf, end: watch::Sender<Option<(ExitReason, &'static str)>>) {
+async fn serve_guest(vsock: PathBuf, disks: Disks, end: watch::Sender<Option<(ExitReason, &'static str)>>) {
     let call = UnixStream::connect(format!("{}_1024", vsock.display())).await.expect("the host listens for the agent");
     let (events, queue) = mpsc::unbounded_channel();
     let agent = Arc::new(Agent {
@@ -142,6 +196,8 @@ async fn serve_guest(vsock: PathBuf, end: watch::Sender<Option<(ExitReason, &'st
         events,
         queue: tokio::sync::Mutex::new(queue),
         tasks: Mutex::default(),
+        disks,
+        mounts: Mutex::default(),
     });
     let connection = futures_util::stream::iter([Ok::<_, std::io::Error>(call)]);
     let mut server = Server::new()
@@ -160,6 +216,9 @@ struct Agent {
     events: mpsc::UnboundedSender<Event>,
     queue: tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>,
     tasks: Mutex<HashMap<String, FakeTask>>,
+    disks: Disks,
+    /// In the order in which they were made.
+    mounts: Mutex<Vec<String>>,
 }
 
 struct FakeTask {
@@ -188,12 +247,53 @@ impl Guest for Agent {
     }
 
     async fn copy_file(&self, _: &TtrpcContext, request: CopyFileRequest) -> ttrpc::Result<CopyFileResponse> {
-        let Some(path) = request.path.strip_prefix("/run/caisson/") else {
+        let Some(inside) = request.path.strip_prefix("/run/caisson/") else {
             return refuse(Code::INVALID_ARGUMENT, "the path is not below /run/caisson");
         };
-        let path = self.root.join(path);
-        fs::create_dir_all(path.parent().unwrap()).and_then(|()| fs::write(path, request.data)).unwrap();
+        let path = self.root.join(inside);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        match request.kind.unwrap() {
+            FileKind::REGULAR_FILE => fs::write(path, &request.data),
+            FileKind::DIRECTORY => fs::create_dir_all(path),
+            FileKind::SYMBOLIC_LINK => {
+                std::os::unix::fs::symlink(String::from_utf8_lossy(&request.data).as_ref(), path)
+            }
+            FileKind::NOTHING => fs::remove_dir_all(&path).or_else(|_| fs::remove_file(&path)).or(Ok(())),
+        }
+        .unwrap();
+        if inside.starts_with("shared/") {
+            tell(format!("{:?} {inside} {}", request.kind.unwrap(), String::from_utf8_lossy(&request.data).trim_end()));
+        }
         Ok(CopyFileResponse::new())
+    }
+
+    async fn add_storage(&self, _: &TtrpcContext, request: AddStorageRequest) -> ttrpc::Result<AddStorageResponse> {
+        let storage = request.storage.unwrap_or_default();
+        let mounts = &mut *self.mounts.lock().unwrap();
+        if let Some(serial) = storage.source.strip_prefix("serial:")
+            && !self.disks.lock().unwrap().contains(serial)
+        {
+            return refuse(Code::NOT_FOUND, &format!("disk {serial} did not appear"));
+        }
+        let lower = storage.options.iter().find_map(|option| option.strip_prefix("lowerdir="));
+        if let Some(missing) =
+            lower.and_then(|lower| lower.split(':').find(|layer| !mounts.iter().any(|at| at == layer)))
+        {
+            return refuse(Code::INVALID_ARGUMENT, &format!("nothing is mounted at {missing}"));
+        }
+        tell(format!("{} {} at {}", storage.driver, storage.source, storage.mount_point));
+        mounts.push(storage.mount_point);
+        Ok(AddStorageResponse::new())
+    }
+
+    async fn remove_storage(
+        &self,
+        _: &TtrpcContext,
+        request: RemoveStorageRequest,
+    ) -> ttrpc::Result<RemoveStorageResponse> {
+        let removed = PathBuf::from(&request.mount_point);
+        self.mounts.lock().unwrap().retain(|mount| !PathBuf::from(mount).starts_with(&removed));
+        Ok(RemoveStorageResponse::new())
     }
 
     async fn events(&self, _: &TtrpcContext, _: EventsRequest, stream: ServerStreamSender<Event>) -> ttrpc::Result<()> {
@@ -211,6 +311,10 @@ impl Task for Agent {
         let config = self.root.join(format!("bundles/{}/config.json", request.id));
         let Ok(config) = fs::read(&config) else { return refuse(Code::NOT_FOUND, "the bundle has no config.json") };
         let spec: oci_spec::runtime::Spec = serde_json::from_slice(&config).unwrap();
+        let root = request.rootfs.first().map(|mount| mount.source.clone()).unwrap_or_default();
+        if root.starts_with("/run/caisson/rootfs/") && !self.mounts.lock().unwrap().contains(&root) {
+            return refuse(Code::NOT_FOUND, &format!("there is no root filesystem at {root}"));
+        }
         let streams =
             [self.dial(&request.stdin).await?, self.dial(&request.stdout).await?, self.dial(&request.stderr).await?];
         let command = spec.process().as_ref().and_then(|process| process.args().clone()).unwrap_or_default();

@@ -8,7 +8,7 @@ use std::{
 
 use caisson_protocol::{
     containerd::{
-        api::{CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, StartRequest},
+        api::{CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, Mount, StartRequest},
         events::task::{TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskStart},
         topics,
     },
@@ -27,9 +27,9 @@ use tracing::warn;
 use crate::{
     Error, Result,
     events::{Publisher, timestamp},
+    files::ContainerFiles,
     hooks::{self, HostHooks},
     process::{Exit, Process, lock},
-    share::ContainerShare,
     stdio::{Paths, Stdio},
     vm::Vm,
 };
@@ -47,13 +47,22 @@ pub struct Container {
     /// Its first process.
     pub init: Arc<Process>,
     execs: Mutex<HashMap<Id, Arc<Process>>>,
-    share: Mutex<Option<ContainerShare>>,
+    files: Mutex<Option<ContainerFiles>>,
     hooks: HostHooks,
+}
+
+/// A container as the guest shall run it.
+#[derive(Debug)]
+pub struct ForGuest<'a> {
+    /// Its `config.json`.
+    pub spec: &'a Spec,
+    /// How the guest mounts its root filesystem.
+    pub rootfs: Mount,
 }
 
 impl Container {
     /// A container that the guest does not know yet.
-    pub fn new(id: Id, request: &CreateTaskRequest, share: ContainerShare, hooks: HostHooks) -> Self {
+    pub fn new(id: Id, request: &CreateTaskRequest, files: ContainerFiles, hooks: HostHooks) -> Self {
         let paths =
             Paths { stdin: request.stdin.clone(), stdout: request.stdout.clone(), stderr: request.stderr.clone() };
         Self {
@@ -61,19 +70,25 @@ impl Container {
             bundle: request.bundle.clone(),
             init: Arc::new(Process::new(paths, request.terminal)),
             execs: Mutex::default(),
-            share: Mutex::new(Some(share)),
+            files: Mutex::new(Some(files)),
             hooks,
         }
     }
 
-    /// Makes the container in the guest. `request` is containerd's, `spec` what the guest shall run.
-    pub async fn create(&self, vm: &Vm, publisher: &Publisher, request: CreateTaskRequest, spec: &Spec) -> Result<()> {
+    /// Makes the container in the guest. `request` is containerd's, `guest` what the guest shall run.
+    pub async fn create(
+        &self,
+        vm: &Vm,
+        publisher: &Publisher,
+        request: CreateTaskRequest,
+        guest: ForGuest<'_>,
+    ) -> Result<()> {
         self.run_hooks(&self.hooks.before_create, vm.pid, ContainerState::Creating).await?;
         let bundle = format!("{GUEST_BUNDLE_DIR}/{}", self.id);
         let config = CopyFileRequest {
             path: format!("{bundle}/config.json"),
             mode: 0o600,
-            data: serde_json::to_vec(spec)
+            data: serde_json::to_vec(guest.spec)
                 .map_err(|error| Error::Unsupported(format!("write the guest's config.json: {error}")))?,
             ..Default::default()
         };
@@ -96,7 +111,7 @@ impl Container {
         };
         let request = CreateTaskRequest {
             bundle,
-            rootfs: vec![ContainerShare::guest_rootfs(&self.id)],
+            rootfs: vec![guest.rootfs],
             stdin: dial.stdin,
             stdout: dial.stdout,
             stderr: dial.stderr,
@@ -210,7 +225,7 @@ impl Container {
             stdio.drain(DRAIN_LIMIT).await;
         }
         if request.exec_id.is_empty() {
-            self.remove_share().await;
+            self.remove_files(vm).await;
             if let Err(error) = self.run_hooks(&self.hooks.after_delete, 0, ContainerState::Stopped).await {
                 warn!(container = %self.id, error = %sentence(&error), "after the deletion");
             }
@@ -232,11 +247,12 @@ impl Container {
         hooks::run(hooks, self.id.as_str(), &self.bundle, pid, status).await
     }
 
-    /// Unmounts what the guest saw of the host for this container.
-    pub async fn remove_share(&self) {
-        let share = lock(&self.share).take();
-        // Unmounting waits for the kernel. A panic there has been printed.
-        let _ = tokio::task::spawn_blocking(move || drop(share)).await;
+    /// Removes what it had of the host's files; `vm` is `None` when it has ended.
+    pub async fn remove_files(&self, vm: Option<&Vm>) {
+        let files = lock(&self.files).take();
+        if let Some(files) = files {
+            files.remove(vm).await;
+        }
     }
 
     /// The guest says that a process has ended, or the whole guest has.

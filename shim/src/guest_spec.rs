@@ -8,7 +8,7 @@ use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 use crate::bundle::Role;
 
 /// A host path that the guest sees through the shared directory.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SharedPath {
     /// On the host.
     pub source: PathBuf,
@@ -16,6 +16,10 @@ pub struct SharedPath {
     pub name: String,
     /// Whether mounts below the source come along.
     pub recursive: bool,
+    /// In the container.
+    pub destination: PathBuf,
+    /// Whether the container cannot write to it.
+    pub read_only: bool,
 }
 
 /// Translates `spec`, and says which host paths must be shared for it.
@@ -67,7 +71,8 @@ fn share(mount: &mut Mount, id: &Id, shared: &mut Vec<SharedPath>) {
     let Some(source) = mount.source().clone().filter(|source| is_bind && !is_kernel_path(source)) else { return };
     let name = shared.len().to_string();
     mount.set_source(Some(Path::new(GUEST_SHARED_DIR).join(id.as_str()).join("mounts").join(&name)));
-    shared.push(SharedPath { source, name, recursive });
+    let read_only = options.iter().any(|option| option == "ro" || option == "rro");
+    shared.push(SharedPath { source, name, recursive, destination: mount.destination().clone(), read_only });
 }
 
 /// Whether the path speaks of the kernel, and so of the guest's.
@@ -98,7 +103,14 @@ mod tests {
     #[test]
     fn host_binds_are_shared_and_their_sources_renamed() {
         let (spec, shared) = translate(SPEC, &Role::Single);
-        assert_eq!(shared, [SharedPath { source: "/srv/data".into(), name: "0".into(), recursive: true }]);
+        let expected = SharedPath {
+            source: "/srv/data".into(),
+            name: "0".into(),
+            recursive: true,
+            destination: "/data".into(),
+            read_only: true,
+        };
+        assert_eq!(shared, [expected]);
         let sources: Vec<_> = spec.mounts().iter().flatten().filter_map(|mount| mount.source().clone()).collect();
         assert_eq!(
             sources,

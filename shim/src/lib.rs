@@ -9,10 +9,14 @@ mod delete;
 mod serve;
 mod start;
 
+mod block;
 mod bundle;
+mod console;
 mod container;
+mod copies;
 mod error;
 mod events;
+mod files;
 mod guest_spec;
 mod hooks;
 mod launcher;
@@ -20,11 +24,13 @@ mod mount;
 mod process;
 mod record;
 mod sandbox;
+mod sandbox_service;
 mod share;
 mod stages;
 mod stdio;
 mod task_service;
 mod vm;
+mod vm_request;
 
 use std::process::ExitCode;
 

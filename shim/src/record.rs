@@ -1,7 +1,7 @@
 //! `sandbox.json`: who a sandbox is and which processes serve it, for people's tools and for the clean-up after a shim
 //! that was killed.
 
-use std::{fs, io};
+use std::{fs, io, path::PathBuf};
 
 use caisson_protocol::paths::SandboxDir;
 use serde::{Deserialize, Serialize};
@@ -25,6 +25,9 @@ pub struct Record {
     pub vmm_pid: u32,
     /// Milliseconds since 1970.
     pub created_unix_ms: u64,
+    /// Where it has images of its own beside the cache of images, when its root filesystems are disks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<PathBuf>,
 }
 
 impl Record {

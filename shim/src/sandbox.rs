@@ -15,7 +15,7 @@ use std::{
 
 use caisson_config_service::client::resolve;
 use caisson_protocol::{
-    config::ResolveRequest,
+    config::{ResolveRequest, SandboxConfig},
     containerd::{api::CreateTaskRequest, events::task::TaskOOM, topics},
     guest::{Event, EventsRequest, event::Kind},
     id::Id,
@@ -33,16 +33,19 @@ use tracing::{info, warn};
 
 use crate::{
     Error, Result,
-    bundle::Bundle,
-    container::Container,
+    block::image_cache::remove_directory,
+    bundle::{Bundle, Role},
+    container::{Container, ForGuest},
     events::Publisher,
+    files::{ContainerFiles, Wanted, Ways},
     guest_spec::for_guest,
     hooks::HostHooks,
+    mount::unmount_below,
     process::{Exit, lock},
     record::Record,
-    share::{self, ContainerShare},
+    share,
     stages::Stages,
-    vm::{Needs, REQUEST_DEADLINE, Vm, prepare_shared},
+    vm::{Needs, REQUEST_DEADLINE, Vm},
 };
 
 /// Exit status of what ran in a virtual machine that ended.
@@ -95,29 +98,31 @@ impl Sandbox {
             return Err(Error::Exists { what: "container", id });
         }
         let bundle = Bundle::load(Path::new(&request.bundle))?;
-        let (spec, shared_paths) = for_guest(bundle.spec.clone(), &id, &bundle.role()?);
-        let first = self.begin_boot()?;
-        if first.is_none() {
-            prepare_shared(&self.dir).inspect_err(|_| self.boot_failed())?;
-        }
-        // The root filesystem is mounted while the virtual machine boots.
-        let (dir, share_id, rootfs) = (self.dir.clone(), id.clone(), request.rootfs.clone());
-        let share = spawn_blocking(move || ContainerShare::prepare(&dir, &share_id, &rootfs, &shared_paths));
-        let vm = match first {
-            Some(vm) => Ok(vm),
-            None => self.boot(&bundle, &request, &mut stages).await.inspect_err(|_| self.boot_failed()),
+        let (spec, paths) = for_guest(bundle.spec.clone(), &id, &bundle.role()?);
+        let wanted = Wanted { id: &id, rootfs: &request.rootfs, paths: &paths };
+        let (vm, mut files) = match self.begin_boot()? {
+            Some(vm) => {
+                let files = self.prepare(&vm, wanted).await?;
+                (vm, files)
+            }
+            None => self.boot(&bundle, &request, wanted, &mut stages).await.inspect_err(|_| self.boot_failed())?,
         };
-        // Also after a failed boot: nothing may be mounted later.
-        let share = share.await.map_err(|error| Error::host("mount the root filesystem")(error.into()))?;
-        let (vm, share) = (vm?, share?);
+        let rootfs = match files.enter(&vm).await {
+            Ok(rootfs) => rootfs,
+            Err(error) => {
+                files.remove(Some(&vm)).await;
+                return Err(error);
+            }
+        };
         stages.end("rootfs");
 
         let container =
-            Arc::new(Container::new(id.clone(), &request, share, HostHooks::of(bundle.spec.hooks().as_ref())));
+            Arc::new(Container::new(id.clone(), &request, files, HostHooks::of(bundle.spec.hooks().as_ref())));
         lock(&self.containers).insert(id.clone(), container.clone());
-        if let Err(error) = container.create(&vm, &self.publisher, request, &spec).await {
+        let guest = ForGuest { spec: &spec, rootfs };
+        if let Err(error) = container.create(&vm, &self.publisher, request, guest).await {
             lock(&self.containers).remove(&id);
-            container.remove_share().await;
+            container.remove_files(Some(&vm)).await;
             return Err(error);
         }
         stages.end("container");
@@ -125,31 +130,36 @@ impl Sandbox {
         Ok(vm.pid)
     }
 
+    /// Makes a further container's files ready.
+    async fn prepare(&self, vm: &Vm, wanted: Wanted<'_>) -> Result<ContainerFiles> {
+        let mut files = vm.ways.prepare(wanted)?;
+        let disks = self.unless_stopped(files.disks()).await;
+        let files = files.finish().await?;
+        match disks {
+            Ok(_) => Ok(files),
+            Err(error) => {
+                files.remove(None).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Boots the virtual machine for the first container, whose files are made ready meanwhile.
     async fn boot(
         self: &Arc<Self>,
         bundle: &Bundle,
         request: &CreateTaskRequest,
+        wanted: Wanted<'_>,
         stages: &mut Stages,
-    ) -> Result<Arc<Vm>> {
-        let question = ResolveRequest {
-            config_path: config_path(request),
-            annotations: bundle.annotations(),
-            ..Default::default()
-        };
-        let mut stop = self.stop.subscribe();
-        let config = tokio::select! {
-            config = resolve(&question, REQUEST_DEADLINE) => config,
-            _ = stop.wait_for(|stop| *stop) => return Err(Error::Stopped),
-        };
-        let config = config.map_err(|error| Error::Remote { context: String::new(), status: error.into() })?;
-        for warning in &config.warnings {
-            warn!(file = config.origin, %warning, "an older state of the configuration is in force");
-        }
+    ) -> Result<(Arc<Vm>, ContainerFiles)> {
+        let config = self.configuration(bundle, request).await?;
         stages.end("config");
+        let ways = Ways::of(&config, &self.dir)?;
         let needs = Needs {
             hostname: bundle.spec.hostname().clone().unwrap_or_else(|| self.id.to_string()),
             memory_mib: bundle.memory_limit_mib().unwrap_or_default(),
             vcpus: bundle.vcpu_limit().unwrap_or_default(),
+            more_containers: bundle.role()? == Role::PodSandbox,
         };
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let mut record = Record {
@@ -157,13 +167,43 @@ impl Sandbox {
             id: self.id.to_string(),
             shim_pid: std::process::id(),
             created_unix_ms: now.as_millis() as u64,
+            images: ways.disks.as_ref().map(|disks| disks.own_path()),
             ..Record::default()
         };
-        let vm = Arc::new(Vm::boot(config, needs, &self.dir, &mut record, stages, stop).await?);
+        let mut files = ways.prepare(wanted)?;
+        let vm = Vm::boot(config, needs, &mut files, &mut record, stages, self.stop.subscribe()).await;
+        // Also after a failed boot.
+        let files = files.finish().await;
+        let vm = Arc::new(vm?);
         *lock(&self.phase) = Phase::Running(vm.clone());
         tokio::spawn(follow_events(self.clone(), vm.clone()));
         tokio::spawn(follow_end(self.clone(), vm.clone()));
-        Ok(vm)
+        Ok((vm, files?))
+    }
+
+    async fn configuration(&self, bundle: &Bundle, request: &CreateTaskRequest) -> Result<SandboxConfig> {
+        let question = ResolveRequest {
+            config_path: config_path(request),
+            annotations: bundle.annotations(),
+            ..Default::default()
+        };
+        let resolved = async {
+            let config = resolve(&question, REQUEST_DEADLINE).await;
+            config.map_err(|error| Error::Remote { context: String::new(), status: error.into() })
+        };
+        let config = self.unless_stopped(resolved).await?;
+        for warning in &config.warnings {
+            warn!(file = config.origin, %warning, "an older state of the configuration is in force");
+        }
+        Ok(config)
+    }
+
+    async fn unless_stopped<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let mut stop = self.stop.subscribe();
+        tokio::select! {
+            done = work => done,
+            _ = stop.wait_for(|stop| *stop) => Err(Error::Stopped),
+        }
     }
 
     /// The running VM, or `None` for the one caller who shall boot it.
@@ -206,6 +246,16 @@ impl Sandbox {
         container.ok_or(Error::NotFound { what: "container", id })
     }
 
+    /// All of them, in no order.
+    pub fn containers(&self) -> Vec<Arc<Container>> {
+        lock(&self.containers).values().cloned().collect()
+    }
+
+    /// What it has on the host.
+    pub fn dir(&self) -> &SandboxDir {
+        &self.dir
+    }
+
     /// Forgets a deleted container.
     pub fn forget(&self, id: &Id) {
         lock(&self.containers).remove(id);
@@ -233,7 +283,7 @@ impl Sandbox {
         }
         let containers: Vec<_> = lock(&self.containers).drain().map(|(_, container)| container).collect();
         for container in containers {
-            container.remove_share().await;
+            container.remove_files(None).await;
         }
         let dir = self.dir.clone();
         // A panic there has been printed.
@@ -257,8 +307,7 @@ impl Sandbox {
         warn!(detail = %end.detail, console = %end.console_tail.escape_debug(), "the virtual machine ended");
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let exit = Exit { status: LOST, at_unix_ns: now.as_nanos() as i64 };
-        let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
-        for container in containers {
+        for container in self.containers() {
             container.all_exited(&self.publisher, exit, vm.pid);
         }
     }
@@ -302,9 +351,12 @@ async fn follow_end(sandbox: Arc<Sandbox>, vm: Arc<Vm>) {
 /// Removes a sandbox's directory with all that is mounted in it. Logs what it cannot.
 pub fn remove(dir: &SandboxDir) {
     let outcome = (|| {
+        if let Some(images) = Record::load(dir).and_then(|record| record.images) {
+            remove_directory(&images)?;
+        }
+        unmount_below(dir.path())?;
         let shared = dir.shared();
         if shared.exists() {
-            crate::mount::unmount_below(&shared)?;
             for entry in fs::read_dir(&shared)? {
                 share::remove(&entry?.path())?;
             }

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use caisson_protocol::{
     containerd::shim_async::{Task, create_task},
     listen,
+    sandbox_ttrpc::create_sandbox,
 };
 use tokio::{
     runtime,
@@ -15,7 +16,10 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 use ttrpc::asynchronous::Server;
 
-use crate::{Error, Result, cli::Flags, events::Publisher, sandbox::Sandbox, task_service::TaskService};
+use crate::{
+    Error, Result, cli::Flags, events::Publisher, sandbox::Sandbox, sandbox_service::SandboxService,
+    task_service::TaskService,
+};
 
 /// How long the last events may take to reach containerd.
 const LAST_EVENTS: Duration = Duration::from_secs(2);
@@ -40,7 +44,12 @@ async fn serve_until_done(flags: &Flags) -> Result<()> {
     let version_3 = create_task(service.clone());
     let version_2 =
         create_task(service).into_values().map(|service| ("containerd.task.v2.Task".to_owned(), service)).collect();
-    let mut server = Server::new().add_listener(listener).register_service(version_3).register_service(version_2);
+    let for_people = create_sandbox(Arc::new(SandboxService(sandbox.clone())));
+    let mut server = Server::new()
+        .add_listener(listener)
+        .register_service(version_3)
+        .register_service(version_2)
+        .register_service(for_people);
     server.start().await?;
 
     tokio::select! {

@@ -27,8 +27,8 @@ pub struct ContainerShare {
 }
 
 impl ContainerShare {
-    /// Mounts the root filesystem and the shared paths. Takes as long as the kernel's mounts do: not for the async
-    /// thread.
+    /// Mounts the root filesystem, unless it comes another way, and the shared paths. Takes as long as the kernel's
+    /// mounts do: not for the async thread.
     pub fn prepare(sandbox: &SandboxDir, id: &Id, rootfs: &[Mount], paths: &[SharedPath]) -> Result<Self> {
         let directory = sandbox.shared().join(id.as_str());
         fs::create_dir_all(&directory).map_err(Error::host(format!("make {}", directory.display())))?;

@@ -25,8 +25,6 @@ use crate::{
     record::{Record, start_ticks},
 };
 
-/// The socket's name in the sandbox's directory.
-const SOCKET: &str = "shim.sock";
 /// containerd looks here for the socket when it has been restarted.
 const ADDRESS_FILE: &str = "address";
 /// containerd reads the shim's log from this fifo in the bundle.
@@ -63,7 +61,7 @@ pub fn print_info() -> Result<()> {
 }
 
 fn find_shim(namespace: &Id, sandbox: Id) -> Result<String> {
-    let socket = SandboxDir::of(namespace, &sandbox).path().join(SOCKET);
+    let socket = SandboxDir::of(namespace, &sandbox).shim_socket();
     if socket.exists() {
         Ok(format!("unix://{}", socket.display()))
     } else {
@@ -74,7 +72,7 @@ fn find_shim(namespace: &Id, sandbox: Id) -> Result<String> {
 fn spawn_shim(flags: &Flags) -> Result<String> {
     let dir = SandboxDir::of(&flags.namespace, &flags.id);
     make_directory(&dir, &flags.id)?;
-    let socket = dir.path().join(SOCKET);
+    let socket = dir.shim_socket();
     let spawned = (|| {
         let listener =
             listen::bind(&socket).map_err(Error::host(format!("make the shim's socket {}", socket.display())))?;

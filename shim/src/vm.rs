@@ -1,44 +1,41 @@
 //! A sandbox's virtual machine with its agent: from nothing to ready, and down again.
 
-use std::{
-    fs,
-    time::{Duration, SystemTime},
-};
+use std::{fs, time::Duration};
 
 use caisson_protocol::{
     address::{GuestListener, GuestVsock},
     config::SandboxConfig,
     containerd::shim_async::{Client, TaskClient},
     deadline,
-    guest::{SetupRequest, Storage},
     guest_ttrpc::GuestClient,
     no_deadline,
-    paths::{GUEST_SHARED_DIR, SHARED_TAG, SandboxDir},
     status::Status,
-    vmm::{self, Console, CreateRequest, Device, Fs, Rng, VmConfig, Vsock, WaitResponse, device::Kind},
+    vmm::{self, WaitResponse},
 };
-use protobuf::MessageField;
 use tokio::{sync::watch, time::timeout};
 use tracing::info;
 
 use crate::{
     Error, Result,
+    files::{Preparation, Ways},
     launcher::Launcher,
-    mount::make_shared,
     record::{Record, start_ticks},
     stages::Stages,
+    vm_request::{VSOCK_DEVICE, create_request, setup_request},
 };
 
 /// For calls whose deadline the configuration does not set.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
 
-const VSOCK_DEVICE: &str = "vsock";
 /// What an error quotes of the guest's console.
 const QUOTED_LINES: usize = 8;
 
 /// A virtual machine whose agent answers.
 pub struct Vm {
-    launcher: Launcher,
+    /// Serves its contract.
+    pub launcher: Launcher,
+    /// How its containers get at the host's files.
+    pub ways: Ways,
     /// containerd's Task service in the guest.
     pub task: TaskClient,
     /// The guest around the containers.
@@ -49,6 +46,8 @@ pub struct Vm {
     pub request_limit: Duration,
     /// The hypervisor, on the host.
     pub pid: u32,
+    /// The file that it was configured by.
+    pub configuration: String,
 }
 
 /// What a sandbox's first container adds to the configuration.
@@ -60,23 +59,25 @@ pub struct Needs {
     pub memory_mib: u64,
     /// At least so many processors.
     pub vcpus: u32,
+    /// Whether other containers will come.
+    pub more_containers: bool,
 }
 
 impl Vm {
-    /// Boots a virtual machine and waits for its agent's call, unless `stop` turns true. When this fails, nothing is
-    /// left running.
+    /// Boots a virtual machine with the first container's disks, and waits for its agent's call, unless `stop` turns
+    /// true. When this fails, nothing is left running.
     pub async fn boot(
         config: SandboxConfig,
         needs: Needs,
-        dir: &SandboxDir,
+        files: &mut Preparation,
         record: &mut Record,
         stages: &mut Stages,
         mut stop: watch::Receiver<bool>,
     ) -> Result<Self> {
-        let limits = config.timeouts.clone().unwrap_or_default();
-        for directory in [dir.shared(), dir.launcher()] {
-            fs::create_dir_all(&directory).map_err(Error::host(format!("make {}", directory.display())))?;
-        }
+        let (limits, configuration) = (config.timeouts.clone().unwrap_or_default(), config.origin.clone());
+        let ways = files.ways.clone();
+        let (dir, directory) = (&ways.dir, ways.dir.launcher());
+        fs::create_dir_all(&directory).map_err(Error::host(format!("make {}", directory.display())))?;
         let launcher = Launcher::start(&config.hypervisor, dir, &config.log_level).await?;
         record.hypervisor = config.hypervisor.clone();
         record.launcher_pid = launcher.pid;
@@ -85,17 +86,19 @@ impl Vm {
         stages.end("launcher");
 
         let ready = tokio::select! {
-            ready = boot_guest(&launcher, config, &needs, dir, record, stages) => ready,
+            ready = boot_guest(&launcher, config, &needs, files, record, stages) => ready,
             _ = stop.wait_for(|stop| *stop) => Err(Error::Stopped),
         };
         match ready {
             Ok(Ready { pid, vsock, client }) => Ok(Self {
                 launcher,
+                ways,
                 guest: GuestClient::new(client.clone()),
                 task: TaskClient::new(client),
                 vsock,
                 request_limit: Duration::from_millis(limits.request_ms.into()),
                 pid,
+                configuration,
             }),
             Err(error) => {
                 launcher.end().await;
@@ -107,6 +110,12 @@ impl Vm {
     /// Waits for the end of the virtual machine and says how it ended.
     pub async fn wait(&self) -> WaitResponse {
         wait_for_end(&self.launcher).await
+    }
+
+    /// What the launcher and its hypervisor count, Prometheus text format.
+    pub async fn launcher_metrics(&self) -> Result<String> {
+        let metrics = self.launcher.client.metrics(deadline(REQUEST_DEADLINE), &vmm::MetricsRequest::new()).await;
+        Ok(metrics.map_err(Error::remote("measure the virtual machine"))?.text)
     }
 
     /// Ends the virtual machine at once. Its wait ends too; the launcher stays until [`Self::end`].
@@ -133,13 +142,16 @@ async fn boot_guest(
     launcher: &Launcher,
     config: SandboxConfig,
     needs: &Needs,
-    dir: &SandboxDir,
+    files: &mut Preparation,
     record: &mut Record,
     stages: &mut Stages,
 ) -> Result<Ready> {
     let limits = config.timeouts.clone().unwrap_or_default();
     let (hypervisor, origin) = (config.hypervisor.clone(), config.origin.clone());
-    let request = create_request(config, needs, dir);
+    let disks = files.disks().await?;
+    let (dir, shares_directory) = (&files.ways.dir, files.ways.shares_directory);
+    stages.end("disks");
+    let request = create_request(config, needs, disks, dir);
     let created = launcher
         .client
         .create(deadline(millis(limits.create_ms)), &request)
@@ -147,6 +159,9 @@ async fn boot_guest(
         .map_err(Error::remote(format!("start a virtual machine with {hypervisor}")))?;
     record.vmm_pid = created.pid;
     record.save(dir).map_err(Error::host("write sandbox.json"))?;
+    if let Some(store) = &files.ways.disks {
+        store.disks.place(&created.devices);
+    }
     let vsock: GuestVsock = created
         .devices
         .iter()
@@ -161,8 +176,9 @@ async fn boot_guest(
     let client = wait_for_agent(launcher, &agent, millis(limits.boot_ms), &origin).await?;
     let boot = stages.lap();
 
-    let setup =
-        GuestClient::new(client.clone()).setup(deadline(millis(limits.request_ms)), &setup_request(needs)).await;
+    let setup = GuestClient::new(client.clone())
+        .setup(deadline(millis(limits.request_ms)), &setup_request(needs, shares_directory))
+        .await;
     let info = setup.map_err(Error::remote("set the guest up"))?.info.unwrap_or_default();
     let setup = stages.lap();
     // The guest's own clocks, which begin when its kernel first reads the time.
@@ -226,78 +242,6 @@ fn quoted(console: &str) -> String {
         [] => "; the console is empty".into(),
         last => format!("; the console's last lines:\n{}", last.join("\n")),
     }
-}
-
-fn create_request(config: SandboxConfig, needs: &Needs, dir: &SandboxDir) -> CreateRequest {
-    let shared = config.shared_fs.clone().unwrap_or_default();
-    let configured = config.vm.unwrap_or_default();
-    let device = |id: &str, kind| Device { id: id.into(), kind: Some(kind), ..Default::default() };
-    let devices = vec![
-        device("console", Kind::Console(Console { log: text(dir.console_log()), ..Default::default() })),
-        device(VSOCK_DEVICE, Kind::Vsock(Vsock { socket: text(dir.vsock_socket()), ..Default::default() })),
-        device("rng", Kind::Rng(Rng { source: "/dev/urandom".into(), ..Default::default() })),
-        device(
-            "shared",
-            Kind::Fs(Fs {
-                tag: SHARED_TAG.into(),
-                shared_dir: text(dir.shared()),
-                daemon_path: shared.daemon_path,
-                cache: shared.cache,
-                extra_args: shared.extra_args,
-                ..Default::default()
-            }),
-        ),
-    ];
-    let vm = VmConfig {
-        vcpus: configured.vcpus.max(needs.vcpus),
-        memory_mib: configured.memory_mib + needs.memory_mib,
-        kernel_params: format!("{} caisson.log={}", configured.kernel_params, config.log_level).trim().to_owned(),
-        devices,
-        ..configured
-    };
-    CreateRequest {
-        run_dir: text(dir.launcher()),
-        vm: MessageField::some(vm),
-        options: config.options,
-        ..Default::default()
-    }
-}
-
-fn setup_request(needs: &Needs) -> SetupRequest {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    SetupRequest {
-        hostname: needs.hostname.clone(),
-        storages: vec![Storage {
-            driver: "virtio-fs".into(),
-            source: SHARED_TAG.into(),
-            mount_point: GUEST_SHARED_DIR.into(),
-            ..Default::default()
-        }],
-        time_unix_ns: now.as_nanos() as i64,
-        entropy: entropy(),
-        ..Default::default()
-    }
-}
-
-/// 32 bytes from the host's generator; none when it cannot be read, which costs the guest only a second source.
-fn entropy() -> Vec<u8> {
-    use std::io::Read;
-    let mut bytes = vec![0; 32];
-    match fs::File::open("/dev/urandom").and_then(|mut source| source.read_exact(&mut bytes)) {
-        Ok(()) => bytes,
-        Err(_) => Vec::new(),
-    }
-}
-
-fn text(path: std::path::PathBuf) -> String {
-    path.to_string_lossy().into_owned()
-}
-
-/// Makes the directory that the guest shares with the host; mounts that come later appear in it on both sides.
-pub fn prepare_shared(dir: &SandboxDir) -> Result<()> {
-    let shared = dir.shared();
-    fs::create_dir_all(&shared).map_err(Error::host(format!("make {}", shared.display())))?;
-    make_shared(&shared).map_err(Error::host(format!("share {}", shared.display())))
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use caisson_protocol::vmm::CapabilitiesResponse;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::{hypervisor::Hypervisor, run, serve};
+use crate::{hypervisor::Hypervisor, options::with_defaults, run, serve};
 
 #[derive(Parser)]
 #[command(version, about = "Runs one virtual machine for caisson")]
@@ -28,6 +28,9 @@ enum Command {
         /// The hypervisor's executable
         #[arg(long)]
         hypervisor: Option<PathBuf>,
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -102,13 +105,19 @@ fn execute<H: Hypervisor>(command: Command) -> anyhow::Result<ExitCode> {
         Command::Serve => runtime.block_on(serve::serve::<H>()).map(|()| ExitCode::SUCCESS),
         Command::Run(arguments) => runtime.block_on(run::run::<H>(*arguments)),
         Command::Options => {
-            println!("{}", serde_json::to_string_pretty(&H::options())?);
+            // What is the launcher itself has no path that others could use.
+            let path = if H::DEFAULT_PATH.starts_with("/proc/") { "" } else { H::DEFAULT_PATH };
+            let options = with_defaults(H::options(), &[("path", path.into())]);
+            println!("{}", serde_json::to_string_pretty(&options)?);
             Ok(ExitCode::SUCCESS)
         }
-        Command::Capabilities { hypervisor } => {
+        Command::Capabilities { hypervisor, json } => {
             let path = hypervisor.unwrap_or_else(|| H::DEFAULT_PATH.into());
             let told = runtime.block_on(H::capabilities(&path))?;
-            print!("{}", capabilities_text(&told));
+            match json {
+                true => println!("{:#}", capabilities_json(&told)),
+                false => print!("{}", capabilities_text(&told)),
+            }
             Ok(ExitCode::SUCCESS)
         }
     };
@@ -127,6 +136,20 @@ fn capabilities_text(told: &CapabilitiesResponse) -> String {
         told.hotplug.join(" "),
         told.operations.join(" ")
     )
+}
+
+/// By the names of the message's fields.
+fn capabilities_json(told: &CapabilitiesResponse) -> serde_json::Value {
+    serde_json::json!({
+        "version": told.version,
+        "accelerator": told.accelerator,
+        "accelerator_reason": told.accelerator_reason,
+        "devices": told.devices,
+        "hotplug": told.hotplug,
+        "operations": told.operations,
+        "confidential": told.confidential,
+        "missing": told.missing,
+    })
 }
 
 /// `$CAISSON_LOG` overrides `default`.

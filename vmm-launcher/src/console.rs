@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+use caisson_protocol::vmm::{Device, device::Kind};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     net::{UnixStream, unix::OwnedWriteHalf},
@@ -52,6 +53,14 @@ pub enum Audience {
     Terminal,
 }
 
+/// Where the console of a VM with `devices` is logged.
+pub fn log_of(devices: &[Device]) -> Option<&Path> {
+    devices.iter().find_map(|device| match &device.kind {
+        Some(Kind::Console(console)) => Some(Path::new(console.log.as_str())),
+        _ => None,
+    })
+}
+
 /// One guest's console.
 #[derive(Clone, Debug)]
 pub struct Console {
@@ -73,9 +82,17 @@ impl Console {
     /// # Errors
     /// When the log file cannot be made.
     pub fn open(log: Option<&Path>, audience: Audience) -> Result<(Self, OwnedFd)> {
-        let log = log.map(Log::create).transpose()?;
         let (near, far) = pair().map_err(Error::host("make the console's socket pair"))?;
-        let (output, input) = near.into_split();
+        Ok((Self::over(near, log, audience)?, far))
+    }
+
+    /// A console on a connection that the hypervisor has taken.
+    ///
+    /// # Errors
+    /// When the log file cannot be made.
+    pub fn over(connection: UnixStream, log: Option<&Path>, audience: Audience) -> Result<Self> {
+        let log = log.map(Log::create).transpose()?;
+        let (output, input) = connection.into_split();
         let heard = Arc::new(Heard::default());
         let (tell_drained, drained) = watch::channel(false);
         let (tell_escaped, escaped) = watch::channel(false);
@@ -91,7 +108,7 @@ impl Console {
                 Audience::Nobody => hold(input, tell_escaped).await,
             }
         });
-        Ok((Self { heard, drained, escaped }, far))
+        Ok(Self { heard, drained, escaped })
     }
 
     /// The last lines, at most 4 KiB.

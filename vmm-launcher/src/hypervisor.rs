@@ -3,8 +3,8 @@
 use std::{future::Future, path::Path};
 
 use caisson_protocol::vmm::{
-    CapabilitiesResponse, CreateRequest, Device, GuestDevice, ResizeMemoryRequest, ResizeVcpusRequest, SnapshotRequest,
-    WaitResponse,
+    CapabilitiesResponse, CreateRequest, Device, GuestDevice, ResizeMemoryRequest, ResizeVcpusRequest, RestoreRequest,
+    SnapshotRequest, WaitResponse,
 };
 
 use crate::{
@@ -30,6 +30,11 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
 
     /// Starts the hypervisor and ends with the VM paused before its first instruction.
     fn create(request: &CreateRequest, audience: Audience) -> impl Future<Output = Result<Created<Self>>> + Send;
+
+    /// Starts the hypervisor and ends with a VM as a snapshot has it, paused.
+    fn restore(_request: &RestoreRequest, _audience: Audience) -> impl Future<Output = Result<Created<Self>>> + Send {
+        unsupported("restoring a snapshot", Self::NAME)
+    }
 
     /// Lets the vCPUs run for the first time.
     fn boot(&self) -> impl Future<Output = Result<()>> + Send;
@@ -85,8 +90,8 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     }
 
     /// What the hypervisor counts, beyond what every launcher does; Prometheus text format.
-    fn metrics(&self) -> String {
-        String::new()
+    fn metrics(&self) -> impl Future<Output = Result<String>> + Send {
+        async { Ok(String::new()) }
     }
 }
 

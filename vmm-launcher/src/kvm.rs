@@ -13,8 +13,8 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::sys;
 
-/// A guest of a few instructions takes some microseconds.
-const DEADLINE: Duration = Duration::from_millis(100);
+/// A guest of a few instructions takes some microseconds, and the first one on a busy host much longer.
+const DEADLINE: Duration = Duration::from_secs(1);
 /// How long after the deadline an interrupted vCPU may take to come back.
 const GIVE_UP: Duration = Duration::from_millis(10);
 const CODE: u64 = 0x1000;
@@ -28,6 +28,26 @@ const PROGRAM: &[u8] = &[
 ];
 const INPUT: u64 = 0xf0f0;
 const OUTPUT: u64 = 8;
+
+/// For a hypervisor that cannot do without.
+///
+/// # Errors
+/// When KVM runs no guests here, and why.
+pub async fn require(hypervisor: &str) -> crate::Result<()> {
+    let why = match probe_aside().await {
+        Ok(()) => return Ok(()),
+        Err(why) => why,
+    };
+    Err(crate::Error::Invalid(format!("{hypervisor} needs KVM, which cannot be used on this machine: {why}")))
+}
+
+/// [`probe`] on a thread of its own: it takes some milliseconds, and longer where KVM is broken.
+///
+/// # Errors
+/// As [`probe`].
+pub async fn probe_aside() -> Result<(), String> {
+    tokio::task::spawn_blocking(probe).await.unwrap_or_else(|_| Err("the probe of /dev/kvm failed".into()))
+}
 
 /// Runs a guest of five instructions.
 ///

@@ -17,9 +17,13 @@ pub mod request;
 
 pub mod console;
 pub mod guest_vsock;
+pub mod http_api;
+pub mod jail;
 pub mod kernel;
 pub mod kvm;
+pub mod metrics;
 pub mod process;
+pub mod qmp;
 pub mod tail;
 pub mod time_stamp;
 pub mod virtiofsd;

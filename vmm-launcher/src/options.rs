@@ -10,9 +10,9 @@ use crate::{Error, Result};
 pub struct OptionDoc {
     /// As in the TOML table.
     pub key: &'static str,
-    /// `string`, `bool`, `integer` or `array`.
+    /// `string`, `bool`, `integer`, `array`, or for what has to exist on the host `file` or `program`.
     pub kind: &'static str,
-    /// The values that are accepted, where they can be counted.
+    /// The values that are accepted, where they can be counted; of an integer, the least and the greatest.
     pub accepted: &'static [&'static str],
     /// One sentence.
     pub doc: &'static str,
@@ -31,10 +31,26 @@ pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T> {
 pub fn describe<T: Serialize + Default>(docs: &[OptionDoc]) -> Value {
     let defaults = serde_json::to_value(T::default()).unwrap_or_default();
     let describe = |doc: &OptionDoc| {
-        let accepted = if doc.accepted.is_empty() { Value::Null } else { json!(doc.accepted) };
-        json!({ "key": doc.key, "type": doc.kind, "default": defaults[doc.key], "accepted": accepted, "doc": doc.doc })
+        let mut told = json!({ "key": doc.key, "type": doc.kind, "default": defaults[doc.key], "doc": doc.doc });
+        match (doc.kind, doc.accepted) {
+            (_, []) => {}
+            ("integer", [least, greatest]) => {
+                told["minimum"] = json!(least.parse::<i64>().ok());
+                told["maximum"] = json!(greatest.parse::<i64>().ok());
+            }
+            (_, words) => told["accepted"] = json!(words),
+        }
+        told
     };
     docs.iter().map(describe).collect()
+}
+
+/// `described`, and other defaults for keys that every hypervisor has.
+pub fn with_defaults(mut described: Value, defaults: &[(&str, Value)]) -> Value {
+    if let Value::Array(options) = &mut described {
+        options.extend(defaults.iter().map(|(key, default)| json!({ "key": key, "default": default })));
+    }
+    described
 }
 
 /// toml draws the place over several lines; the last has the reason, the first the place.
@@ -79,6 +95,13 @@ mod tests {
     fn an_unknown_value_is_named_with_the_accepted_ones() {
         let error = parse::<Options>("color = \"blue\"").unwrap_err().to_string();
         assert!(error.contains("unknown variant `blue`, expected `red` or `green`"), "{error}");
+    }
+
+    #[test]
+    fn an_integer_tells_its_bounds() {
+        let doc = OptionDoc { key: "slots", kind: "integer", accepted: &["0", "255"], doc: "Its slots." };
+        let told = &describe::<Options>(&[doc])[0];
+        assert_eq!((&told["minimum"], &told["maximum"], &told["accepted"]), (&json!(0), &json!(255), &Value::Null));
     }
 
     #[test]

@@ -37,6 +37,15 @@ pub struct Ended {
     pub stderr: String,
 }
 
+/// A child's standard input and output; its standard error is for its last words.
+#[derive(Debug)]
+pub struct Streams {
+    /// What it reads.
+    pub stdin: Stdio,
+    /// Where it writes.
+    pub stdout: Stdio,
+}
+
 impl Process {
     /// Starts `program` with `arguments`; `descriptors` keep their numbers in the child. Must be called on the thread that
     /// lives as long as the launcher.
@@ -44,9 +53,23 @@ impl Process {
     /// # Errors
     /// When the program cannot be executed.
     pub fn start(program: &Path, arguments: &[String], descriptors: Vec<OwnedFd>) -> Result<Self> {
+        let streams = Streams { stdin: Stdio::null(), stdout: Stdio::null() };
+        Self::start_with(program, arguments, descriptors, streams)
+    }
+
+    /// [`Self::start`] for a program that uses its standard streams.
+    ///
+    /// # Errors
+    /// When the program cannot be executed.
+    pub fn start_with(
+        program: &Path,
+        arguments: &[String],
+        descriptors: Vec<OwnedFd>,
+        streams: Streams,
+    ) -> Result<Self> {
         let mut command = Command::new(program);
         command.args(arguments).preserved_fds(descriptors).kill_on_drop(true);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.stdin(streams.stdin).stdout(streams.stdout).stderr(Stdio::piped());
         sys::die_with_parent(&mut command);
         let mut child = command.spawn().map_err(Error::host(format!("execute {}", program.display())))?;
         let pid = child.id().unwrap_or_default();
@@ -64,6 +87,11 @@ impl Process {
             tell.send_replace(Some(Ended { status, stderr }));
         });
         Ok(Self { program: program.to_owned(), pid, kill, ended })
+    }
+
+    /// The same child, called by the name of the program that it executes next.
+    pub(crate) fn becomes(self, program: &Path) -> Self {
+        Self { program: program.to_owned(), ..self }
     }
 
     /// On the host.

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use caisson_protocol::{status::Status, vmm::*, vmm_ttrpc};
 use ttrpc::asynchronous::TtrpcContext;
 
-use crate::{Error, Result, console::Audience, hypervisor::Hypervisor, request, vm::Vm};
+use crate::{Result, console::Audience, hypervisor::Hypervisor, request, vm::Vm};
 
 /// Serves one VM.
 pub(crate) struct Service<H> {
@@ -20,11 +20,7 @@ fn answer<T>(result: Result<T>) -> ttrpc::Result<T> {
 #[async_trait]
 impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
     async fn create(&self, _: &TtrpcContext, mut request: CreateRequest) -> ttrpc::Result<CreateResponse> {
-        if let Some(vm) = request.vm.as_mut()
-            && vm.hypervisor_path.is_empty()
-        {
-            vm.hypervisor_path = H::DEFAULT_PATH.to_owned();
-        }
+        name_hypervisor::<H>(request.vm.as_mut());
         let newborn = answer(self.vm.create(request, Audience::Nobody).await)?;
         Ok(CreateResponse { devices: newborn.devices, pid: newborn.pid, ..Default::default() })
     }
@@ -70,8 +66,10 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
         Ok(SnapshotResponse::default())
     }
 
-    async fn restore(&self, _: &TtrpcContext, _: RestoreRequest) -> ttrpc::Result<RestoreResponse> {
-        answer(Err(Error::Unsupported(format!("restoring a snapshot is not supported with {}", H::NAME))))
+    async fn restore(&self, _: &TtrpcContext, mut request: RestoreRequest) -> ttrpc::Result<RestoreResponse> {
+        name_hypervisor::<H>(request.vm.as_mut());
+        let newborn = answer(self.vm.restore(request, Audience::Nobody).await)?;
+        Ok(RestoreResponse { devices: newborn.devices, pid: newborn.pid, ..Default::default() })
     }
 
     async fn attach(&self, _: &TtrpcContext, request: AttachRequest) -> ttrpc::Result<AttachResponse> {
@@ -116,7 +114,7 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
             "# HELP caisson_vm_console_bytes_total Bytes that the guest wrote to its console.\n\
              # TYPE caisson_vm_console_bytes_total counter\n\
              caisson_vm_console_bytes_total {bytes}\n{}",
-            hypervisor.metrics()
+            answer(hypervisor.metrics().await)?
         );
         Ok(MetricsResponse { text, ..Default::default() })
     }
@@ -124,4 +122,13 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
 
 fn answer_alive<H: Hypervisor>(vm: &Vm<H>, verb: &'static str) -> ttrpc::Result<Arc<H>> {
     answer(vm.alive(verb))
+}
+
+/// The default where the request names none.
+fn name_hypervisor<H: Hypervisor>(vm: Option<&mut VmConfig>) {
+    if let Some(vm) = vm
+        && vm.hypervisor_path.is_empty()
+    {
+        vm.hypervisor_path = H::DEFAULT_PATH.to_owned();
+    }
 }

@@ -56,3 +56,13 @@ pub(crate) fn time_stamp() -> u64 {
     // SAFETY: every x86-64 processor has `rdtsc`, and Linux lets processes use it unless one asked it not to.
     unsafe { std::arch::x86_64::_rdtsc() }
 }
+
+/// The version of the kernel's Landlock; 0 where it has none.
+pub(crate) fn landlock_version() -> u32 {
+    const LANDLOCK_CREATE_RULESET_VERSION: u32 = 1;
+    let (nothing, size) = (std::ptr::null::<libc::c_void>(), 0usize);
+    // SAFETY: with this flag the kernel looks at no memory and only answers a number, landlock_create_ruleset(2).
+    let version =
+        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, nothing, size, LANDLOCK_CREATE_RULESET_VERSION) };
+    u32::try_from(version).unwrap_or_default()
+}

@@ -32,7 +32,20 @@ impl Virtiofsd {
     /// When the program cannot be executed, or `run_dir` is too long for a socket's path.
     pub fn start(fs: &Fs, run_dir: &Path) -> Result<(Self, OwnedFd)> {
         let (listener, connection) = connected_listener(&run_dir.join("virtiofsd.sock"))?;
-        let listener = OwnedFd::from(listener);
+        Ok((Self::serve(fs, listener.into())?, connection))
+    }
+
+    /// Starts it for a hypervisor that connects to `socket` by itself; whoever calls removes the socket.
+    ///
+    /// # Errors
+    /// When the program cannot be executed, or `socket` cannot be made.
+    pub fn listen(fs: &Fs, socket: &Path) -> Result<Self> {
+        let listener = caisson_protocol::listen::bind(socket)
+            .map_err(Error::host(format!("make the socket {}", socket.display())))?;
+        Self::serve(fs, listener.into())
+    }
+
+    fn serve(fs: &Fs, listener: OwnedFd) -> Result<Self> {
         let cache = if fs.cache.is_empty() { CACHE_MODES[0] } else { &fs.cache };
         let mut arguments = vec![
             format!("--fd={}", listener.as_raw_fd()),
@@ -42,7 +55,7 @@ impl Virtiofsd {
         ];
         arguments.extend(fs.extra_args.iter().cloned());
         let process = Process::start(Path::new(&fs.daemon_path), &arguments, vec![listener])?;
-        Ok((Self { tag: fs.tag.clone(), process }, connection))
+        Ok(Self { tag: fs.tag.clone(), process })
     }
 
     /// Answers when it has failed: what ended, and its last words. It also ends when the hypervisor hangs up; that is no
@@ -60,6 +73,18 @@ impl Virtiofsd {
         self.process.kill();
         self.process.ended().await;
     }
+}
+
+/// Answers with the words of the first that fails; never when there is none.
+pub async fn any_failed(file_servers: &[Virtiofsd]) -> String {
+    let mut ends: Vec<_> = file_servers.iter().map(|file_server| Box::pin(file_server.failed())).collect();
+    std::future::poll_fn(|context| {
+        ends.iter_mut()
+            .map(|end| end.as_mut().poll(context))
+            .find(std::task::Poll::is_ready)
+            .unwrap_or(std::task::Poll::Pending)
+    })
+    .await
 }
 
 /// A listening socket without a name, and a connection that waits in it.

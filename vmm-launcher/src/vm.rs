@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!           create            done         boot           pause
-//!   Empty ─────────► Creating ────► Created ────► Running ◄────► Paused
+//!   Empty ─────────► Creating ────► Created ────► Running ◄────► Paused ◄── (restore: from Creating)
 //!     │ stop            │ stop, failure│ the VM ends │   resume     │
 //!     └─────────────────┴──────────────┴─► Exited ◄──┴──────────────┘
 //! ```
@@ -17,7 +17,7 @@ use std::{
 
 use caisson_protocol::{
     status::sentence,
-    vmm::{CreateRequest, ExitReason, GuestDevice, VmState, WaitResponse},
+    vmm::{CreateRequest, ExitReason, GuestDevice, RestoreRequest, VmState, WaitResponse},
 };
 use tokio::{sync::watch, time::timeout};
 use tracing::{info, warn};
@@ -154,24 +154,38 @@ impl<H: Hypervisor> Vm<H> {
     /// Empty → Creating → Created. The work goes on when the caller loses interest; `stop` ends it.
     pub async fn create(self: &Arc<Self>, request: CreateRequest, audience: Audience) -> Result<Newborn> {
         self.lock().create()?;
+        self.make(async move { H::create(&request, audience).await }, State::Created).await
+    }
+
+    /// Empty → Creating → Paused, as the snapshot was. As [`Self::create`] otherwise.
+    pub async fn restore(self: &Arc<Self>, request: RestoreRequest, audience: Audience) -> Result<Newborn> {
+        self.lock().create()?;
+        self.make(async move { H::restore(&request, audience).await }, State::Paused).await
+    }
+
+    async fn make(
+        self: &Arc<Self>,
+        making: impl Future<Output = Result<Created<H>>> + Send + 'static,
+        state: fn(Arc<H>) -> State<H>,
+    ) -> Result<Newborn> {
         let vm = self.clone();
         let work = tokio::spawn(async move {
-            let created = tokio::select! {
+            let made = tokio::select! {
                 biased;
                 () = vm.stop_requested() => Err(Error::Stopped),
-                created = H::create(&request, audience) => created,
+                made = making => made,
             };
-            vm.created(created)
+            vm.made(made, state)
         });
         work.await.unwrap_or(Err(Error::Stopped))
     }
 
-    fn created(self: &Arc<Self>, created: Result<Created<H>>) -> Result<Newborn> {
+    fn made(self: &Arc<Self>, created: Result<Created<H>>, state: fn(Arc<H>) -> State<H>) -> Result<Newborn> {
         match created {
             Ok(Created { hypervisor, devices }) => {
                 let hypervisor = Arc::new(hypervisor);
                 let pid = hypervisor.pid();
-                *self.lock() = State::Created(hypervisor.clone());
+                *self.lock() = state(hypervisor.clone());
                 info!(pid, "VM created");
                 if *self.stopping.borrow() {
                     // `stop` came too late to be seen by the work, and too early to see the hypervisor.

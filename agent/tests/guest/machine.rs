@@ -121,7 +121,10 @@ async fn the_machine_is_told_of_time_entropy_and_processors() {
     assert_eq!(refusal.code, Code::INVALID_ARGUMENT);
     let request = ConsoleRequest { stream: "vsock:2:99".into(), ..Default::default() };
     let refusal = Status::from(guest.guest.console(limit(), &request).await.unwrap_err());
-    assert_eq!((refusal.code, refusal.message.as_str()), (Code::NOT_FOUND, "the guest has no shell"));
+    assert_eq!(
+        (refusal.code, refusal.message.as_str()),
+        (Code::NOT_FOUND, "the guest has no shell: its root file system needs a /bin/sh")
+    );
 }
 
 #[tokio::test]

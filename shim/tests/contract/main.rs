@@ -1,12 +1,13 @@
 //! The shim as containerd drives it, with fakes for its neighbours: containerd's event service and the config-service
 //! in this process, launcher and guest in `examples/caisson-vmm-fake.rs`.
 
+mod disks;
 mod pod;
 
 use std::time::Duration;
 
 use caisson_protocol::status::Code;
-use pod::{Pod, status};
+use pod::{Pod, Setup, status};
 
 #[tokio::test]
 async fn a_container_runs_from_create_to_shutdown_and_leaves_nothing() {
@@ -84,7 +85,8 @@ async fn a_container_is_created_once() {
 
 #[tokio::test]
 async fn a_guest_that_panics_at_boot_is_quoted_and_leaves_nothing() {
-    let pod = Pod::start_with("panics", &["true"], &[("FAKE_GUEST", "panics")], 20_000).await;
+    let setup = Setup { variables: &[("FAKE_GUEST", "panics")], ..Default::default() };
+    let pod = Pod::start_with("panics", &["true"], setup).await;
     let refused = status(pod.create().await);
     assert!(
         refused.message.starts_with("the guest ended before its agent was ready: the guest kernel panicked"),
@@ -97,7 +99,8 @@ async fn a_guest_that_panics_at_boot_is_quoted_and_leaves_nothing() {
 
 #[tokio::test]
 async fn an_agent_that_never_answers_meets_the_deadline() {
-    let pod = Pod::start_with("silent", &["true"], &[("FAKE_GUEST", "silent")], 300).await;
+    let setup = Setup { variables: &[("FAKE_GUEST", "silent")], boot_ms: 300, ..Default::default() };
+    let pod = Pod::start_with("silent", &["true"], setup).await;
     let refused = status(pod.create().await);
     assert!(
         refused.message.starts_with("the guest's agent did not answer within 0.3 s; check the initrd"),
@@ -109,7 +112,8 @@ async fn an_agent_that_never_answers_meets_the_deadline() {
 
 #[tokio::test]
 async fn a_boot_under_way_can_be_stopped() {
-    let pod = Pod::start_with("stopped", &["true"], &[("FAKE_GUEST", "silent")], 60_000).await;
+    let setup = Setup { variables: &[("FAKE_GUEST", "silent")], boot_ms: 60_000, ..Default::default() };
+    let pod = Pod::start_with("stopped", &["true"], setup).await;
     let (created, ()) = tokio::join!(pod.create(), async {
         pod.launcher_started().await;
         pod.shutdown_now().await;

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, Mutex, mpsc},
@@ -12,7 +12,7 @@ use std::{
 
 use async_trait::async_trait;
 use caisson_protocol::{
-    config::{ResolveRequest, ResolveResponse, SandboxConfig, Timeouts},
+    config::{BlockRootfs, ResolveRequest, ResolveResponse, SandboxConfig, SharedFs, Timeouts},
     config_ttrpc::{Config, create_config},
     containerd::{
         api::{
@@ -27,6 +27,7 @@ use caisson_protocol::{
     vmm::VmConfig,
 };
 use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
     sys::{
         signal::{Signal, kill},
         stat::Mode,
@@ -34,11 +35,32 @@ use nix::{
     unistd::{Pid, mkfifo},
 };
 use protobuf::MessageField;
-use tokio::{net::UnixStream, sync::Notify};
+use tokio::{
+    net::{UnixStream, unix::pipe::Receiver},
+    sync::Notify,
+};
 use ttrpc::{r#async::TtrpcContext, asynchronous::Server};
 
 const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-caisson-v2");
 const LIMIT: Duration = Duration::from_secs(20);
+
+/// What a shim is started with.
+pub struct Setup<'a> {
+    /// More variables of its environment, and so of the launcher's.
+    pub variables: &'a [(&'a str, &'a str)],
+    /// The deadline for the boot.
+    pub boot_ms: u32,
+    /// Whether root filesystems are disks and nothing is shared.
+    pub disks: bool,
+    /// The container's mounts, as in `config.json`.
+    pub mounts: serde_json::Value,
+}
+
+impl Default for Setup<'_> {
+    fn default() -> Self {
+        Self { variables: &[], boot_ms: 20_000, disks: false, mounts: serde_json::json!([]) }
+    }
+}
 
 /// A shim that has been started, and its fake neighbours.
 pub struct Pod {
@@ -48,6 +70,7 @@ pub struct Pod {
     topics: Arc<Mutex<Vec<String>>>,
     config_asked: Arc<Notify>,
     stdin: Mutex<Option<File>>,
+    journal: Mutex<BufReader<File>>,
     stdout: Mutex<mpsc::Receiver<String>>,
     stderr: Mutex<mpsc::Receiver<String>>,
     /// Ends when neither shim nor launcher holds it any more.
@@ -58,22 +81,23 @@ pub struct Pod {
 impl Pod {
     /// A shim whose guest behaves.
     pub async fn start(id: &'static str, command: &[&str]) -> Self {
-        Self::start_with(id, command, &[], 20_000).await
+        Self::start_with(id, command, Setup::default()).await
     }
 
-    /// A shim with more in its environment, and a deadline for the boot.
-    pub async fn start_with(id: &'static str, command: &[&str], variables: &[(&str, &str)], boot_ms: u32) -> Self {
+    /// A shim as `setup` says.
+    pub async fn start_with(id: &'static str, command: &[&str], setup: Setup<'_>) -> Self {
         let folder = tempfile::Builder::new().prefix("shim").tempdir().unwrap();
         let path = folder.path();
         for name in ["run", "bundle", "layer"] {
             fs::create_dir(path.join(name)).unwrap();
         }
-        for name in ["stdin", "stdout", "stderr", "bundle/log"] {
+        for name in ["stdin", "stdout", "stderr", "journal", "bundle/log"] {
             mkfifo(&path.join(name), Mode::from_bits_truncate(0o600)).unwrap();
         }
-        let config = serde_json::json!({"ociVersion": "1.0.2", "process": {"args": command, "cwd": "/", "user": {"uid": 0, "gid": 0}},
-            "root": {"path": "rootfs"}});
-        fs::write(path.join("bundle/config.json"), config.to_string()).unwrap();
+        write_bundle(&path.join("bundle"), command, &setup.mounts);
+        // Open for both, so that neither side waits for the other.
+        let journal = OpenOptions::new().read(true).write(true).open(path.join("journal")).unwrap();
+        fcntl(&journal, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
         let topics = Arc::new(Mutex::new(Vec::new()));
         let config_asked = Arc::new(Notify::new());
         let events_address = format!("unix://{}", path.join("events.sock").display());
@@ -85,14 +109,19 @@ impl Pod {
         let mut configuration = Server::new()
             .bind(&format!("unix://{}", path.join("run/config.sock").display()))
             .unwrap()
-            .register_service(create_config(Arc::new(FakeConfig { asked: config_asked.clone(), boot_ms })));
+            .register_service(create_config(Arc::new(FakeConfig {
+                asked: config_asked.clone(),
+                boot_ms: setup.boot_ms,
+                layer_cache: setup.disks.then(|| path.join("cache").to_str().unwrap().to_owned()),
+            })));
         configuration.start().await.unwrap();
 
         let (stdout, stderr, log) = (read(path, "stdout"), read(path, "stderr"), read(path, "bundle/log"));
         let output = shim_command(path, id)
             .arg("start")
             .env("TTRPC_ADDRESS", &events_address)
-            .envs(variables.iter().copied())
+            .env("FAKE_JOURNAL", path.join("journal"))
+            .envs(setup.variables.iter().copied())
             .output()
             .unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -105,6 +134,7 @@ impl Pod {
             topics,
             config_asked,
             stdin: Mutex::new(None),
+            journal: Mutex::new(BufReader::new(journal)),
             stdout: Mutex::new(stdout),
             stderr: Mutex::new(stderr),
             log: Mutex::new(log),
@@ -118,21 +148,36 @@ impl Pod {
     }
 
     pub async fn create_with_rootfs(&self, source: &str) -> ttrpc::Result<CreateTaskResponse> {
+        self.create_on(bind(source, "ro")).await
+    }
+
+    pub async fn create_on(&self, rootfs: Mount) -> ttrpc::Result<CreateTaskResponse> {
         let request = CreateTaskRequest {
             id: self.id.into(),
             bundle: self.file("bundle"),
-            rootfs: vec![Mount {
-                type_: "bind".into(),
-                source: source.into(),
-                options: vec!["rbind".into(), "ro".into()],
-                ..Default::default()
-            }],
+            rootfs: vec![rootfs],
             stdin: self.file("stdin"),
             stdout: self.file("stdout"),
             stderr: self.file("stderr"),
             ..Default::default()
         };
         self.client.create(deadline(LIMIT), &request).await
+    }
+
+    /// One more container in the same sandbox, whose root filesystem is `layer`, a folder of the pod's.
+    pub async fn add(&self, id: &str, layer: &str) -> ttrpc::Result<CreateTaskResponse> {
+        let bundle = self.folder.path().join(format!("bundle-{id}"));
+        fs::create_dir_all(&bundle).unwrap();
+        fs::create_dir_all(self.file(layer)).unwrap();
+        write_bundle(&bundle, &["true"], &serde_json::json!([]));
+        let (bundle, rootfs) = (bundle.to_str().unwrap().to_owned(), vec![bind(&self.file(layer), "ro")]);
+        let request = CreateTaskRequest { id: id.into(), bundle, rootfs, ..Default::default() };
+        self.client.create(deadline(LIMIT), &request).await
+    }
+
+    /// Takes such a container away.
+    pub async fn remove(&self, id: &str) -> ttrpc::Result<DeleteResponse> {
+        self.client.delete(deadline(LIMIT), &DeleteRequest { id: id.into(), ..Default::default() }).await
     }
 
     pub async fn start_container(&self) -> ttrpc::Result<StartResponse> {
@@ -187,6 +232,29 @@ impl Pod {
 
     pub fn stderr(&self) -> String {
         self.stderr.lock().unwrap().recv_timeout(LIMIT).expect("the shim closes stderr at the deletion")
+    }
+
+    /// What the fake told so far of disks, mounts and copies.
+    pub fn journal(&self) -> Vec<String> {
+        self.journal.lock().unwrap().by_ref().lines().map_while(Result::ok).collect()
+    }
+
+    /// Waits until the fake tells `line`.
+    pub async fn journal_says(&self, line: &str) {
+        let journal = self.journal.lock().unwrap().get_ref().try_clone().unwrap();
+        let receiver = Receiver::from_file(journal).unwrap();
+        let told = async {
+            while !self.journal().iter().any(|told| told == line) {
+                receiver.readable().await.unwrap();
+            }
+        };
+        tokio::time::timeout(LIMIT, told).await.unwrap_or_else(|_| panic!("the fake does not tell \"{line}\""));
+    }
+
+    /// Names of what is in the cache of images.
+    pub fn cached(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.file("cache")).into_iter().flatten();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
     }
 
     /// Topics of all events so far, in order.
@@ -245,7 +313,8 @@ impl Pod {
         kill(Pid::from_raw(record[field].as_i64().unwrap() as i32), Signal::SIGKILL).unwrap();
     }
 
-    fn file(&self, name: &str) -> String {
+    /// A file in the pod's folder.
+    pub fn file(&self, name: &str) -> String {
         self.folder.path().join(name).to_str().unwrap().to_owned()
     }
 }
@@ -265,6 +334,23 @@ fn shim_command(folder: &Path, id: &str) -> Command {
         .env("PATH", format!("{}:{}", launchers.display(), std::env::var("PATH").unwrap()))
         .stdin(Stdio::null());
     command
+}
+
+fn write_bundle(bundle: &Path, command: &[&str], mounts: &serde_json::Value) {
+    let process = serde_json::json!({"args": command, "cwd": "/", "user": {"uid": 0, "gid": 0}});
+    let config = serde_json::json!(
+        {"ociVersion": "1.0.2", "process": process, "root": {"path": "rootfs"}, "mounts": mounts});
+    fs::write(bundle.join("config.json"), config.to_string()).unwrap();
+}
+
+/// As containerd describes a snapshot of one layer.
+pub fn bind(source: &str, access: &str) -> Mount {
+    Mount {
+        type_: "bind".into(),
+        source: source.into(),
+        options: vec!["rbind".into(), access.into()],
+        ..Default::default()
+    }
 }
 
 /// Reads a fifo to its end in a thread.
@@ -296,6 +382,8 @@ impl Events for FakeEvents {
 struct FakeConfig {
     asked: Arc<Notify>,
     boot_ms: u32,
+    /// `None`: everything is shared.
+    layer_cache: Option<String>,
 }
 
 #[async_trait]
@@ -312,8 +400,14 @@ impl Config for FakeConfig {
                 ..Default::default()
             }),
             log_level: "info".into(),
+            shared_fs: self.layer_cache.is_none().then(SharedFs::new).into(),
+            block_rootfs: self.layer_cache.clone().map(block_rootfs).into(),
             ..Default::default()
         };
         Ok(ResolveResponse { config: MessageField::some(config), ..Default::default() })
     }
+}
+
+fn block_rootfs(layer_cache_path: String) -> BlockRootfs {
+    BlockRootfs { layer_cache_path, layer_cache_mib: 100, max_disks: 4, ..Default::default() }
 }

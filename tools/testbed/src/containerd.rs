@@ -9,7 +9,9 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::{BUSYBOX, Capture, Configuration, Ctr, Installation, Outcome, Scope, daemon::Daemon, leftovers::Baseline};
+use crate::{
+    BUSYBOX, Capture, Configuration, Ctr, Hypervisor, Installation, Outcome, Scope, daemon::Daemon, leftovers::Baseline,
+};
 
 /// The runtime under test, by the name that containerd knows it by.
 pub const CAISSON: &str = "io.containerd.caisson.v2";
@@ -21,6 +23,7 @@ pub const RUNC: &str = "io.containerd.runc.v2";
 #[derive(Debug)]
 pub struct Containerd {
     scope: Scope,
+    hypervisor: Hypervisor,
     programs: PathBuf,
     daemon: Daemon,
     baseline: Baseline,
@@ -37,12 +40,12 @@ impl Containerd {
         Self::start(&Installation::find()?)
     }
 
-    /// Starts one whose sandboxes use QEMU, with the busybox images in it.
+    /// Starts one whose sandboxes use the hypervisor that this run is about, with the busybox images in it.
     ///
     /// # Errors
     /// When it does not come up; the error has its last words.
     pub fn start(installation: &Installation) -> Result<Self> {
-        Self::start_with(installation, &Configuration::for_qemu(installation))
+        Self::start_with(installation, &Configuration::of_this_run(installation))
     }
 
     /// Starts one with a configuration of the test's own.
@@ -57,7 +60,8 @@ impl Containerd {
         let daemon = Daemon::start(&scope, &programs).or_else(|error| scope.clear().and(Err(error)))?;
         let baseline = Baseline::take(scope.clone(), daemon.pid())?;
         let runtime = env::var("TESTBED_RUNTIME").unwrap_or_else(|_| CAISSON.to_owned());
-        let containerd = Self { scope, programs, daemon, baseline, runtime, next_id: AtomicU32::new(1) };
+        let hypervisor = configuration.hypervisor().clone();
+        let containerd = Self { scope, hypervisor, programs, daemon, baseline, runtime, next_id: AtomicU32::new(1) };
         containerd.import(&installation.archives.busybox)?;
         Ok(containerd)
     }
@@ -151,6 +155,11 @@ impl Containerd {
     /// The containerd namespace of everything in here.
     pub fn namespace(&self) -> String {
         self.scope.name()
+    }
+
+    /// What its sandboxes use, unless a container asks for another configuration.
+    pub fn hypervisor(&self) -> &Hypervisor {
+        &self.hypervisor
     }
 
     /// What belongs to this containerd.

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Result, ensure};
 use caisson_testbed::{Cache, Installation};
 
-use crate::step::{run, succeeds};
+use crate::step::run;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Where Debian keeps libseccomp.a.
@@ -24,21 +24,32 @@ pub fn cargo() -> Command {
     command
 }
 
-/// The shim and the programs that it finds by name. The agent is another build.
+/// The shim and the programs that it finds by name. First processes are another build.
 pub fn programs() -> Result<()> {
-    run(cargo().args(["build", "--release", "--bins", "--workspace", "--exclude=caisson-agent", "--exclude=xtask"]))
+    let others = ["--exclude=caisson-agent", "--exclude=caisson-test-host", "--exclude=xtask"];
+    run(cargo().args(["build", "--release", "--bins", "--workspace"]).args(others))
 }
 
-/// The agent, static and small.
+/// The guest's first process.
 pub fn agent() -> Result<PathBuf> {
+    first_process("caisson-agent")
+}
+
+/// The test host's first process.
+pub fn test_host_init() -> Result<PathBuf> {
+    first_process("caisson-test-host")
+}
+
+/// A program that needs nothing else in its initrd: static and small.
+fn first_process(package: &str) -> Result<PathBuf> {
     let mut build = cargo();
-    build.args(["build", "--profile=guest", "--target", TARGET, "--package=caisson-agent"]);
+    build.args(["build", "--profile=guest", "--target", TARGET, "--bins", "--package", package]);
     build.env("RUSTFLAGS", "-C target-feature=+crt-static");
     build.env("LIBSECCOMP_LINK_TYPE", "static").env("LIBSECCOMP_LIB_PATH", LIBRARIES);
     run(&mut build)?;
-    let agent = target_dir()?.join(TARGET).join("guest/caisson-agent");
-    ensure!(agent.exists(), "cargo built no {}", agent.display());
-    Ok(agent)
+    let program = target_dir()?.join(TARGET).join("guest").join(package);
+    ensure!(program.exists(), "cargo built no {}", program.display());
+    Ok(program)
 }
 
 /// virtiofsd, which Debian 12 does not have.
@@ -46,14 +57,16 @@ pub fn virtiofsd(cache: &Cache) -> Result<PathBuf> {
     install(cache, VIRTIOFSD, &[]).map(|root| root.join("bin/virtiofsd"))
 }
 
-/// The folder with `cargo-nextest`, unless cargo has it already. Built without optimisation, which takes a third of
-/// the time, and without the part that updates itself.
-pub fn nextest(cache: &Cache) -> Result<Option<PathBuf>> {
-    if succeeds(cargo().args(["nextest", "--version"])) {
-        return Ok(None);
+/// `cargo-nextest`, unless cargo has it already: built without optimisation, which takes a third of the time, and
+/// without the part that updates itself.
+pub fn nextest(cache: &Cache) -> Result<PathBuf> {
+    const PROGRAM: &str = "cargo-nextest";
+    let path = env::var_os("PATH").unwrap_or_default();
+    if let Some(found) = env::split_paths(&path).map(|folder| folder.join(PROGRAM)).find(|program| program.exists()) {
+        return Ok(found);
     }
     let options = ["--debug", "--no-default-features", "--features=default-no-update"];
-    install(cache, NEXTEST, &options).map(|root| Some(root.join("bin")))
+    install(cache, NEXTEST, &options).map(|root| root.join("bin").join(PROGRAM))
 }
 
 fn install(cache: &Cache, what: &str, options: &[&str]) -> Result<PathBuf> {

@@ -1,7 +1,7 @@
 //! `cargo xtask demo`: one container in a pod of its own, from nothing to nothing.
 
 use anyhow::{Result, ensure};
-use caisson_testbed::{CAISSON, Containerd, Installation};
+use caisson_testbed::{Accelerator, CAISSON, Configuration, Containerd, Hypervisor, Installation};
 
 use crate::step::{human, step};
 
@@ -10,7 +10,12 @@ const SCRIPT: &str = "echo \"hello from process $$ on $(uname -s) $(uname -r)\";
 
 /// Runs it and tells what happened.
 pub fn run(installation: &Installation) -> Result<()> {
-    let containerd = step("start a private containerd with the busybox image", || Containerd::start(installation))?;
+    let accelerator = Accelerator::find(&installation.programs)?;
+    let name = if accelerator.is_kvm() { Hypervisor::BUILTIN } else { Hypervisor::QEMU };
+    let configuration = Configuration::new(Hypervisor::named(name, installation), installation);
+    let containerd = step("start a private containerd with the busybox image", || {
+        Containerd::start_with(installation, &configuration)
+    })?;
     let host = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
 
     let command = ["sh", "-c", SCRIPT];
@@ -22,6 +27,7 @@ pub fn run(installation: &Installation) -> Result<()> {
     }
     let guest = containerd.run(&[], &["uname", "-r"])?.success()?;
     println!();
+    println!("    hypervisor    {name}, because {}", accelerator.reason);
     println!("    host kernel   {}", host.trim());
     println!("    guest kernel  {}", guest.stdout_text().trim());
     println!("    first output  {}", outcome.first_output.map_or("-".to_owned(), human));

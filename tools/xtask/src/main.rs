@@ -4,19 +4,25 @@ mod bench;
 mod build;
 mod demo;
 mod interrupt;
+mod kvm_tests;
 mod packages;
 mod setup;
 mod step;
 mod test;
+mod test_host;
 
-use std::{process::ExitCode, time::Instant};
+use std::{path::PathBuf, process::ExitCode, time::Instant};
 
 use anyhow::Result;
+use caisson_testbed::Installation;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
 #[command(about = "Developer automation for caisson")]
 struct Cli {
+    /// Takes what the last set-up has built, as it is
+    #[arg(long, global = true)]
+    no_setup: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -33,18 +39,30 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Runs the tests that need KVM, in a test host where this machine has none
+    TestKvm {
+        /// Where KVM works: with this cargo-nextest, and the tests as they were listed last
+        #[arg(long, value_name = "NEXTEST", hide = true)]
+        here: Option<PathBuf>,
+        /// The batch to run so, counted from 0
+        #[arg(long, hide = true, default_value_t = 0)]
+        batch: usize,
+    },
     /// Measures
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Runs commands in a machine where KVM works
+    #[command(subcommand)]
+    TestHost(test_host::Command),
 }
 
 fn main() -> ExitCode {
     let started = Instant::now();
     interrupt::clean_up_on_signals();
-    match run(Cli::parse().command) {
-        Ok(()) => {
+    match run(Cli::parse()) {
+        Ok(code) => {
             eprintln!("finished in {}", step::human(started.elapsed()));
-            ExitCode::SUCCESS
+            code
         }
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -53,12 +71,18 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<()> {
-    let installation = setup::set_up()?;
-    match command {
-        Command::Setup => Ok(()),
-        Command::Demo => demo::run(&installation),
-        Command::Test { arguments } => test::test(&arguments),
-        Command::Bench(command) => bench::run(&installation, &command),
+fn run(cli: Cli) -> Result<ExitCode> {
+    let installation = if cli.no_setup { Installation::find()? } else { setup::set_up()? };
+    match cli.command {
+        Command::Setup => {}
+        Command::Demo => demo::run(&installation)?,
+        Command::Test { arguments } => test::test(&installation, &arguments)?,
+        Command::TestKvm { here: Some(nextest), batch } => {
+            kvm_tests::test_as_prepared(&installation, &nextest, batch)?;
+        }
+        Command::TestKvm { here: None, .. } => kvm_tests::test(&installation)?,
+        Command::Bench(command) => bench::run(&installation, &command)?,
+        Command::TestHost(command) => return test_host::run(&installation, &command),
     }
+    Ok(ExitCode::SUCCESS)
 }

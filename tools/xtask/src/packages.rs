@@ -12,6 +12,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("runc", "the runtime that caisson is compared with"),
     ("qemu-system-x86", "the hypervisor"),
     ("busybox-static", "the test image"),
+    ("iproute2", "the tests' network interfaces"),
     ("mmdebstrap", "the web server image and guest images"),
     ("erofs-utils", "guest images"),
     ("e2fsprogs", "guest images"),

@@ -2,7 +2,7 @@
 
 use std::{
     io::stderr,
-    process::Command,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -24,15 +24,12 @@ pub fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
 
 /// Runs `command` with its output going to the user, who thereby sees it progress. Standard output is left to results.
 pub fn run(command: &mut Command) -> Result<()> {
-    let status =
-        command.stdout(stderr()).status().with_context(|| format!("execute {}", command.get_program().display()))?;
-    ensure!(status.success(), "`{}` ended with {status}", line(command));
-    Ok(())
+    execute(command.stdout(stderr()))
 }
 
-/// Whether `command` can be run and succeeds; its output is of no interest.
-pub fn succeeds(command: &mut Command) -> bool {
-    command.output().is_ok_and(|output| output.status.success())
+/// Runs `command`, whose standard output nobody needs.
+pub fn run_quietly(command: &mut Command) -> Result<()> {
+    execute(command.stdout(Stdio::null()))
 }
 
 /// `1 min 23 s`, `2.34 s`
@@ -43,6 +40,12 @@ pub fn human(duration: Duration) -> String {
     } else {
         format!("{:.2} s", duration.as_secs_f64())
     }
+}
+
+fn execute(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("execute {}", command.get_program().display()))?;
+    ensure!(status.success(), "`{}` ended with {status}", line(command));
+    Ok(())
 }
 
 fn line(command: &Command) -> String {

@@ -1,32 +1,26 @@
 //! `cargo xtask test`: what must pass before a change is taken.
 
-use std::{env, ffi::OsString};
+use std::process::Command;
 
 use anyhow::Result;
-use caisson_testbed::Cache;
+use caisson_testbed::{Cache, Installation};
 
 use crate::{
     build::{self, cargo},
+    kvm_tests,
     step::{run, step},
 };
 
-/// Formatting, lints, and every test of the workspace, end to end included. `arguments` go to nextest.
-pub fn test(arguments: &[String]) -> Result<()> {
+/// Formatting, lints, and every test of the workspace, end to end included, with and without KVM. `arguments` go to
+/// nextest; tests that are chosen so are run on this machine only.
+pub fn test(installation: &Installation, arguments: &[String]) -> Result<()> {
     step("cargo fmt --check", || run(cargo().args(["fmt", "--all", "--check"])))?;
     step("cargo clippy", || {
         run(cargo().args(["clippy", "--release", "--workspace", "--all-targets", "--", "-D", "warnings"]))
     })?;
     let nextest = step("find cargo-nextest", || build::nextest(&Cache::open()?))?;
-    let mut tests = cargo();
-    if let Some(dir) = nextest {
-        tests.env("PATH", prepend(dir.into_os_string()));
-    }
-    tests.args(["nextest", "run", "--release", "--workspace"]).args(arguments);
-    step("cargo nextest run", || run(&mut tests))
-}
-
-fn prepend(mut dir: OsString) -> OsString {
-    dir.push(":");
-    dir.push(env::var_os("PATH").unwrap_or_default());
-    dir
+    let mut tests = Command::new(nextest);
+    tests.args(["nextest", "run", "--release", "--workspace"]).args(arguments).current_dir(Installation::workspace());
+    step("cargo nextest run", || run(&mut tests))?;
+    if arguments.is_empty() { kvm_tests::test(installation) } else { Ok(()) }
 }

@@ -11,7 +11,37 @@ use caisson_protocol::{
     },
 };
 
-use crate::fixture::{Images, LIMIT, Launcher, device, text};
+use crate::fixture::{Backend, Images, LIMIT, Launcher, device, for_backend, for_each_backend, text};
+
+for_each_backend!(a_guest_finds_the_card_on_its_tap, what_is_known_of_a_vm_is_counted);
+for_backend!(
+    qemu_only,
+    Qemu,
+    a_guest_on_microvm_finds_its_devices,
+    a_guest_on_q35_finds_its_devices,
+    a_disk_comes_and_goes_while_q35_runs,
+    a_disk_cannot_come_while_microvm_runs
+);
+for_backend!(
+    builtin_only,
+    Builtin,
+    a_guest_finds_its_devices,
+    a_guest_finds_what_the_vmm_itself_shares,
+    what_devices_do_is_counted
+);
+for_backend!(
+    cloud_hypervisor_only,
+    CloudHypervisor,
+    a_guest_of_cloud_hypervisor_finds_its_devices,
+    a_disk_comes_and_goes_while_cloud_hypervisor_runs,
+    what_devices_do_is_counted
+);
+for_backend!(
+    firecracker_only,
+    Firecracker,
+    a_disk_of_firecracker_is_filled_and_emptied,
+    a_shared_directory_cannot_be_had_with_firecracker
+);
 
 fn disk(images: &Images, name: &str, read_only: bool) -> Kind {
     let path = images.dir.path().join(name);
@@ -20,12 +50,12 @@ fn disk(images: &Images, name: &str, read_only: bool) -> Kind {
 }
 
 /// One of each.
-fn with_devices(launcher: &Launcher, images: &Images, machine_type: &str) -> CreateRequest {
+fn with_devices(launcher: &Launcher, images: &Images, options: &str) -> CreateRequest {
     let shared = images.dir.path().join("shared");
     fs::create_dir(&shared).unwrap();
     fs::write(shared.join("hello"), "hello").unwrap();
     let mut request = launcher.request(images, "list");
-    request.options = format!("machine_type = \"{machine_type}\"\naccel = \"tcg\"");
+    request.options += &format!("\n{options}");
     let vsock = Vsock { socket: text(&launcher.dir.path().join("vsock.sock")), ..Default::default() };
     let fs = Fs {
         tag: "share".into(),
@@ -45,10 +75,10 @@ fn with_devices(launcher: &Launcher, images: &Images, machine_type: &str) -> Cre
     request
 }
 
-async fn finds_its_devices(machine_type: &str) {
+async fn finds_its_devices(backend: Backend, options: &str) {
     let Some(images) = Images::find() else { return };
-    let launcher = Launcher::start().await;
-    let request = with_devices(&launcher, &images, machine_type);
+    let launcher = Launcher::start(backend).await;
+    let request = with_devices(&launcher, &images, options);
     let created = launcher.create(&request).await.unwrap();
     let addresses: Vec<_> = created.devices.iter().map(|device| device.address.as_str()).collect();
     assert_eq!(addresses[..2], ["serial:first", "serial:second"]);
@@ -67,22 +97,71 @@ async fn finds_its_devices(machine_type: &str) {
     assert!(!launcher.dir.path().join("vsock.sock").exists());
 }
 
-#[tokio::test]
-async fn a_guest_on_microvm_finds_its_devices() {
-    finds_its_devices("microvm").await;
+async fn a_guest_on_microvm_finds_its_devices(backend: Backend) {
+    finds_its_devices(backend, "machine_type = \"microvm\"").await;
 }
 
-#[tokio::test]
-async fn a_guest_on_q35_finds_its_devices() {
-    finds_its_devices("q35").await;
+async fn a_guest_on_q35_finds_its_devices(backend: Backend) {
+    finds_its_devices(backend, "machine_type = \"q35\"").await;
 }
 
-#[tokio::test]
-async fn a_disk_comes_and_goes_while_q35_runs() {
+async fn a_guest_finds_its_devices(backend: Backend) {
+    finds_its_devices(backend, "block_io = \"thread\"").await;
+}
+
+async fn a_guest_finds_what_the_vmm_itself_shares(backend: Backend) {
+    finds_its_devices(backend, "file_server = \"builtin\"").await;
+}
+
+async fn a_disk_comes_and_goes_while_q35_runs(backend: Backend) {
+    a_disk_comes_and_goes(backend, "\nmachine_type = \"q35\"").await;
+}
+
+async fn a_disk_comes_and_goes_while_cloud_hypervisor_runs(backend: Backend) {
+    a_disk_comes_and_goes(backend, "").await;
+}
+
+async fn a_guest_of_cloud_hypervisor_finds_its_devices(backend: Backend) {
+    finds_its_devices(backend, "").await;
+}
+
+/// Firecracker's disks are there from the start, and empty.
+async fn a_disk_of_firecracker_is_filled_and_emptied(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let launcher = Launcher::start().await;
+    let launcher = Launcher::start(backend).await;
+    let mut request = launcher.request(&images, "watch-sizes");
+    request.options = "spare_read_only_disks = 1\nspare_writable_disks = 1".into();
+    let log = launcher.dir.path().join("console.log");
+    request.vm.as_mut().unwrap().devices =
+        vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    launcher.create(&request).await.unwrap();
+    launcher.boot().await.unwrap();
+    launcher.until_console_has(&log, "guest: sizes 0 0 ").await;
+
+    let attach =
+        AttachRequest { device: Some(device("late", disk(&images, "late", true))).into(), ..Default::default() };
+    let attached = launcher.client.attach(deadline(LIMIT), &attach).await.unwrap();
+    assert!(attached.device.address.starts_with("serial:"), "{attached}");
+    launcher.until_console_has(&log, "guest: sizes 8 0 ").await;
+
+    let detach = DetachRequest { id: "late".into(), ..Default::default() };
+    launcher.client.detach(deadline(LIMIT), &detach).await.unwrap();
+    launcher.until_console_has(&log, "guest: sizes 8 0 \r\nguest: sizes 0 0 ").await;
+}
+
+async fn a_shared_directory_cannot_be_had_with_firecracker(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let request = with_devices(&launcher, &images, "");
+    let status = launcher.create(&request).await.unwrap_err();
+    assert_eq!(status, Status::new(Code::UNIMPLEMENTED, "Firecracker has no fs device"));
+}
+
+async fn a_disk_comes_and_goes(backend: Backend, options: &str) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "watch");
-    request.options = "machine_type = \"q35\"\naccel = \"tcg\"".into();
+    request.options += options;
     let log = launcher.dir.path().join("console.log");
     request.vm.as_mut().unwrap().devices =
         vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
@@ -103,10 +182,9 @@ async fn a_disk_comes_and_goes_while_q35_runs() {
     assert_eq!(twice.code, Code::INVALID_ARGUMENT);
 }
 
-#[tokio::test]
-async fn a_disk_cannot_come_while_microvm_runs() {
+async fn a_disk_cannot_come_while_microvm_runs(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let launcher = Launcher::start().await;
+    let launcher = Launcher::start(backend).await;
     launcher.create(&launcher.request(&images, "sleep")).await.unwrap();
     let attach =
         AttachRequest { device: Some(device("late", disk(&images, "late", true))).into(), ..Default::default() };
@@ -115,14 +193,13 @@ async fn a_disk_cannot_come_while_microvm_runs() {
     assert!(status.message.contains("q35"), "{status}");
 }
 
-#[tokio::test]
-async fn a_guest_finds_the_card_on_its_tap() {
+async fn a_guest_finds_the_card_on_its_tap(backend: Backend) {
     let Some(images) = Images::find() else { return };
     // This thread's own network, which the launcher inherits.
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
     let made = std::process::Command::new("ip").args(["tuntap", "add", "tap0", "mode", "tap"]).status().unwrap();
     assert!(made.success());
-    let launcher = Launcher::start().await;
+    let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "list");
     let net = Net { tap: "tap0".into(), mac: "02:00:00:00:12:34".into(), ..Default::default() };
     request.vm.as_mut().unwrap().devices = vec![device("net", Kind::Net(net))];
@@ -132,12 +209,30 @@ async fn a_guest_finds_the_card_on_its_tap() {
     assert!(exit.console_tail.contains("guest: card 02:00:00:00:12:34"), "{exit}");
 }
 
-#[tokio::test]
-async fn what_is_known_of_a_vm_is_counted() {
+async fn what_is_known_of_a_vm_is_counted(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let launcher = Launcher::start().await;
+    let launcher = Launcher::start(backend).await;
     launcher.create(&launcher.request(&images, "sleep")).await.unwrap();
     let metrics = launcher.client.metrics(deadline(LIMIT), &vmm::MetricsRequest::new()).await.unwrap().text;
     assert!(metrics.contains("\ncaisson_vm_console_bytes_total 0\n"), "{metrics}");
     assert!(metrics.contains("\ncaisson_vm_memory_bytes 201326592\n"), "{metrics}");
+}
+
+async fn what_devices_do_is_counted(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let mut request = launcher.request(&images, "watch");
+    let log = launcher.dir.path().join("console.log");
+    request.vm.as_mut().unwrap().devices = vec![
+        device("console", Kind::Console(Console { log: text(&log), ..Default::default() })),
+        device("data", disk(&images, "data", true)),
+    ];
+    launcher.create(&request).await.unwrap();
+    launcher.boot().await.unwrap();
+    launcher.until_console_has(&log, "guest: disks data").await;
+    let metrics = launcher.client.metrics(deadline(LIMIT), &vmm::MetricsRequest::new()).await.unwrap().text;
+    let read = "\ncaisson_vm_block_read_bytes_total{device=\"data\"} ";
+    let (_, read) = metrics.split_once(read).unwrap_or_else(|| panic!("{metrics}"));
+    // The kernel looks for partitions.
+    assert!(!read.starts_with("0\n"), "{metrics}");
 }

@@ -1,4 +1,6 @@
 //! A launcher process with a client, and a guest whose whole user space is a shell script.
+//!
+//! Each test runs for each backend that can run here. A backend that cannot says why on standard error.
 
 use std::{
     env, fs,
@@ -22,10 +24,123 @@ use tokio::{
 };
 use ttrpc::asynchronous::Client;
 
-pub const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-pub const LAUNCHER: &str = env!("CARGO_BIN_EXE_caisson-vmm-qemu");
 /// For anything that a guest does, emulated on a busy machine.
 pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// Makes one test of each function for each backend: `boot::qemu::a_guest_…`, `boot::builtin::a_guest_…`.
+macro_rules! for_each_backend {
+    ($($test:ident),+ $(,)?) => {
+        $crate::fixture::for_backend!(qemu, Qemu, $($test),+);
+        $crate::fixture::for_backend!(builtin, Builtin, $($test),+);
+        $crate::fixture::for_backend!(cloud_hypervisor, CloudHypervisor, $($test),+);
+        $crate::fixture::for_backend!(firecracker, Firecracker, $($test),+);
+    };
+}
+
+/// Makes a test of each function for one backend.
+macro_rules! for_backend {
+    ($module:ident, $backend:ident, $($test:ident),+ $(,)?) => {
+        mod $module {
+            use crate::fixture::Backend;
+
+            $(
+                #[tokio::test]
+                async fn $test() {
+                    if Backend::$backend.can_run() {
+                        super::$test(Backend::$backend).await;
+                    }
+                }
+            )+
+        }
+    };
+}
+
+pub(crate) use {for_backend, for_each_backend};
+
+/// A hypervisor with its launcher.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    Qemu,
+    Builtin,
+    CloudHypervisor,
+    Firecracker,
+}
+
+impl Backend {
+    /// As in the launcher's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Builtin => "builtin",
+            Self::CloudHypervisor => "cloud-hypervisor",
+            Self::Firecracker => "firecracker",
+        }
+    }
+
+    /// The launcher: in `$CAISSON_LAUNCHERS`, or where cargo has put QEMU's.
+    pub fn launcher(self) -> PathBuf {
+        let built = || Path::new(env!("CARGO_BIN_EXE_caisson-vmm-qemu")).with_file_name("");
+        let folder = env::var_os("CAISSON_LAUNCHERS").map_or_else(built, PathBuf::from);
+        folder.join(format!("caisson-vmm-{}", self.name()))
+    }
+
+    /// What makes a VM start quickest here; KVM is not tried again and again where it does not work.
+    pub fn options(self) -> String {
+        match self {
+            Self::Qemu if kvm().is_ok() => "accel = \"kvm\"".into(),
+            Self::Qemu => "accel = \"tcg\"".into(),
+            Self::Builtin | Self::CloudHypervisor | Self::Firecracker => String::new(),
+        }
+    }
+
+    /// The executable to name in requests: one of `$CAISSON_HYPERVISORS` or of the host, for hypervisors that need not be
+    /// there; empty for the launcher's default.
+    pub fn hypervisor(self) -> Result<String, String> {
+        match self {
+            Self::Qemu | Self::Builtin => Ok(String::new()),
+            Self::CloudHypervisor | Self::Firecracker => {
+                let folder = env::var_os("CAISSON_HYPERVISORS").map_or_else(|| "/usr/bin".into(), PathBuf::from);
+                let path = folder.join(self.name());
+                if path.exists() { Ok(text(&path)) } else { Err(format!("there is no {}", path.display())) }
+            }
+        }
+    }
+
+    /// How it ends when its guest powers off.
+    pub fn powered_off(self) -> &'static str {
+        match self {
+            Self::Qemu | Self::Builtin | Self::CloudHypervisor => "the guest powered off",
+            // It has no power switch.
+            Self::Firecracker => "the guest rebooted, which ends its VM",
+        }
+    }
+
+    /// Whether guests run with it here; says why not.
+    pub fn can_run(self) -> bool {
+        let launcher = self.launcher();
+        let able = match self {
+            _ if !launcher.exists() => Err(format!("{} is not built", launcher.display())),
+            Self::Qemu => Ok(()),
+            Self::Builtin => kvm().clone(),
+            Self::CloudHypervisor | Self::Firecracker => self.hypervisor().and_then(|_| kvm().clone()),
+        };
+        if let Err(why) = &able {
+            eprintln!("not run with {}: {why}", self.name());
+            let required = std::env::var(REQUIRED).unwrap_or_default();
+            assert!(!required.split(' ').any(|name| name == self.name()), "${REQUIRED} demands {}", self.name());
+        }
+        able.is_ok()
+    }
+}
+
+/// Names of backends that must not be passed over, where the test's caller knows that they can run.
+const REQUIRED: &str = "CAISSON_REQUIRED_BACKENDS";
+
+/// Whether KVM runs guests here.
+fn kvm() -> &'static Result<(), String> {
+    static KVM: std::sync::OnceLock<Result<(), String>> = std::sync::OnceLock::new();
+    KVM.get_or_init(caisson_vmm_launcher::kvm::probe)
+}
 
 /// Ends as the kernel parameter `do=` says.
 const INIT: &str = r#"#!/bin/busybox sh
@@ -36,16 +151,24 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 while read -r module; do insmod "$module"; done < /lib/modules/order
+end() { grep -q caisson.end=reboot /proc/cmdline && reboot -f; poweroff -f; }
 echo "guest: up"
 case "$(cat /proc/cmdline)" in
-*do=poweroff*) poweroff -f ;;
+*do=poweroff*) end ;;
 *do=reboot*) reboot -f ;;
 *do=panic*) echo c > /proc/sysrq-trigger ;;
 *do=list*)
     for disk in /sys/block/vd*; do echo "guest: ${disk##*/} is $(cat $disk/serial) read-only $(cat $disk/ro)"; done
     for card in /sys/class/net/e*; do echo "guest: card $(cat $card/address)"; done
     mount -t virtiofs share /mnt && echo "guest: shared $(cat /mnt/hello)" && echo written > /mnt/answer
-    poweroff -f ;;
+    end ;;
+*do=watch-sizes*)
+    seen=none
+    while :; do
+        now=$(cat /sys/block/vd*/size | tr '\n' ' ')
+        [ "$now" = "$seen" ] || { echo "guest: sizes $now"; seen=$now; }
+        usleep 100000
+    done ;;
 *do=watch*)
     seen=none
     while :; do
@@ -53,7 +176,12 @@ case "$(cat /proc/cmdline)" in
         [ "$now" = "$seen" ] || { echo "guest: disks $(cat $now 2>/dev/null)"; seen=$now; }
         usleep 100000
     done ;;
-*do=echo*) read -r line; echo "guest: heard $line"; poweroff -f ;;
+*do=tick*) while :; do echo "guest: tick"; sleep 1; done ;;
+*do=size*)
+    echo "guest: $(nproc) processors, $(($(sed -n 's/MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo) / 1024)) MiB"
+    end ;;
+*do=script*) sh /script; end ;;
+*do=echo*) read -r line; echo "guest: heard $line"; end ;;
 esac
 while :; do sleep 1000; done
 "#;
@@ -92,11 +220,15 @@ impl Images {
     }
 }
 
-fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
+/// Executable files, and the directories that they are in, for the end of an initrd.
+pub fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut archive = Vec::new();
-    let directory = cpio::newc::Builder::new("bin").mode(0o040_755);
-    directory.write(&mut archive, 0).finish().unwrap();
     for (name, content) in files {
+        let parents: Vec<_> = Path::new(name).ancestors().skip(1).filter(|path| !path.as_os_str().is_empty()).collect();
+        for parent in parents.iter().rev() {
+            let directory = cpio::newc::Builder::new(parent.to_str().unwrap()).mode(0o040_755);
+            directory.write(&mut archive, 0).finish().unwrap();
+        }
         let mut file = cpio::newc::Builder::new(name).mode(0o100_755).write(&mut archive, content.len() as u32);
         std::io::Write::write_all(&mut file, content).unwrap();
         file.finish().unwrap();
@@ -107,17 +239,18 @@ fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
 
 /// A launcher process; killed when dropped, and its VM with it.
 pub struct Launcher {
+    pub backend: Backend,
     pub child: Child,
     pub client: VmmClient,
     pub dir: TempDir,
 }
 
 impl Launcher {
-    pub async fn start() -> Self {
+    pub async fn start(backend: Backend) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("vmm.sock");
         let listener = listen::bind(&socket).unwrap();
-        let child = Command::new(LAUNCHER)
+        let child = Command::new(backend.launcher())
             .arg("serve")
             .env("CAISSON_LOG", "debug")
             .stdin(listen::as_stdin(listener))
@@ -126,7 +259,7 @@ impl Launcher {
             .spawn()
             .unwrap();
         let stream = UnixStream::connect(&socket).await.unwrap();
-        Self { child, client: VmmClient::new(Client::new(stream.into())), dir }
+        Self { backend, child, client: VmmClient::new(Client::new(stream.into())), dir }
     }
 
     pub fn run_dir(&self) -> PathBuf {
@@ -138,7 +271,7 @@ impl Launcher {
     /// A small VM that does `what`.
     pub fn request(&self, images: &Images, what: &str) -> CreateRequest {
         let vm = VmConfig {
-            hypervisor_path: QEMU.into(),
+            hypervisor_path: self.backend.hypervisor().unwrap_or_default(),
             kernel: text(&images.kernel),
             initrd: text(&images.initrd),
             kernel_params: format!("rdinit=/test-init do={what}"),
@@ -146,7 +279,7 @@ impl Launcher {
             memory_mib: 192,
             ..Default::default()
         };
-        let options = "accel = \"tcg\"".into();
+        let options = self.backend.options();
         CreateRequest { run_dir: text(&self.run_dir()), vm: Some(vm).into(), options, ..Default::default() }
     }
 

@@ -9,36 +9,59 @@ use caisson_protocol::{
 };
 use nix::sys::signal::{Signal, kill};
 
-use crate::fixture::{Images, LIMIT, Launcher, children, device, pid, process_ended, text};
+use crate::fixture::{
+    Backend, Images, LIMIT, Launcher, children, device, for_backend, for_each_backend, pid, process_ended, text,
+};
 
-#[tokio::test]
-async fn a_guest_that_powers_off_ends_its_vm() {
+for_each_backend!(
+    a_guest_that_powers_off_ends_its_vm,
+    a_guest_that_reboots_ends_its_vm,
+    a_panic_is_told_with_its_last_words,
+    a_paused_guest_goes_on_when_it_is_resumed,
+    stop_ends_a_running_guest_and_may_be_called_again,
+    stop_without_a_vm_ends_it_before_it_is_made,
+    a_killed_launcher_leaves_no_process,
+    a_launcher_that_is_told_to_end_ends_its_vm_first,
+);
+for_backend!(
+    qemu_only,
+    Qemu,
+    stop_ends_a_create_that_hangs_and_leaves_nothing,
+    a_hypervisor_that_is_killed_is_told_with_the_signal
+);
+for_backend!(builtin_only, Builtin, a_guest_has_the_processors_and_the_memory_that_it_was_given);
+
+async fn a_guest_that_powers_off_ends_its_vm(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let launcher = Launcher::start().await;
+    let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "poweroff");
     let log = launcher.dir.path().join("console.log");
     request.vm.as_mut().unwrap().devices =
         vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
     assert_eq!(launcher.state().await.state, VmState::EMPTY.into());
     let created = launcher.create(&request).await.unwrap();
-    assert_eq!(children(launcher.child.id().unwrap()), [created.pid]);
+    match backend {
+        Backend::Builtin => assert_eq!(launcher.child.id(), Some(created.pid)),
+        Backend::Qemu | Backend::CloudHypervisor | Backend::Firecracker => {
+            assert_eq!(children(launcher.child.id().unwrap()), [created.pid]);
+        }
+    }
     assert_eq!(launcher.state().await.state, VmState::CREATED.into());
     launcher.boot().await.unwrap();
 
     let exit = launcher.wait().await;
 
     assert_eq!(exit.reason, ExitReason::GUEST_SHUTDOWN.into(), "{exit}");
-    assert_eq!(exit.detail, "the guest powered off");
+    assert_eq!(exit.detail, backend.powered_off());
     assert!(exit.console_tail.contains("guest: up"), "{exit}");
     assert!(std::fs::read_to_string(log).unwrap().contains("guest: up"));
     assert_eq!(launcher.state().await.state, VmState::EXITED.into());
     assert!(launcher.leftovers().is_empty());
 }
 
-#[tokio::test]
-async fn a_guest_that_reboots_ends_its_vm() {
+async fn a_guest_that_reboots_ends_its_vm(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let launcher = Launcher::start().await;
+    let launcher = Launcher::start(backend).await;
     launcher.create(&launcher.request(&images, "reboot")).await.unwrap();
     launcher.boot().await.unwrap();
     let exit = launcher.wait().await;
@@ -46,10 +69,9 @@ async fn a_guest_that_reboots_ends_its_vm() {
     assert_eq!(exit.detail, "the guest rebooted, which ends its VM");
 }
 
-#[tokio::test]
-async fn a_panic_is_told_with_its_last_words() {
+async fn a_panic_is_told_with_its_last_words(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let launcher = Launcher::start().await;
+    let launcher = Launcher::start(backend).await;
     launcher.create(&launcher.request(&images, "panic")).await.unwrap();
     launcher.boot().await.unwrap();
     let exit = launcher.wait().await;
@@ -58,10 +80,9 @@ async fn a_panic_is_told_with_its_last_words() {
     assert!(exit.console_tail.contains("Kernel panic"), "{exit}");
 }
 
-#[tokio::test]
-async fn a_paused_guest_goes_on_when_it_is_resumed() {
+async fn a_paused_guest_goes_on_when_it_is_resumed(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let launcher = Launcher::start().await;
+    let launcher = Launcher::start(backend).await;
     launcher.create(&launcher.request(&images, "poweroff")).await.unwrap();
     launcher.boot().await.unwrap();
     launcher.client.pause(deadline(LIMIT), &vmm::PauseRequest::new()).await.unwrap();
@@ -72,30 +93,27 @@ async fn a_paused_guest_goes_on_when_it_is_resumed() {
     assert_eq!(launcher.wait().await.reason, ExitReason::GUEST_SHUTDOWN.into());
 }
 
-#[tokio::test]
-async fn stop_ends_a_running_guest_and_may_be_called_again() {
+async fn stop_ends_a_running_guest_and_may_be_called_again(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let launcher = Launcher::start().await;
-    let created = launcher.create(&launcher.request(&images, "sleep")).await.unwrap();
+    let launcher = Launcher::start(backend).await;
+    launcher.create(&launcher.request(&images, "sleep")).await.unwrap();
     launcher.boot().await.unwrap();
     launcher.stop(Duration::ZERO).await;
     launcher.stop(Duration::ZERO).await;
     assert_eq!(launcher.wait().await.reason, ExitReason::STOPPED.into());
-    assert!(!std::path::Path::new(&format!("/proc/{}", created.pid)).exists());
+    assert_eq!(children(launcher.child.id().unwrap()), Vec::<u32>::new());
 }
 
-#[tokio::test]
-async fn stop_without_a_vm_ends_it_before_it_is_made() {
-    let launcher = Launcher::start().await;
+async fn stop_without_a_vm_ends_it_before_it_is_made(backend: Backend) {
+    let launcher = Launcher::start(backend).await;
     launcher.stop(Duration::ZERO).await;
     let late = launcher.create(&vmm::CreateRequest::new()).await.unwrap_err();
     assert_eq!(late, Status::new(Code::FAILED_PRECONDITION, "cannot create a VM that is ended"));
 }
 
-#[tokio::test]
-async fn stop_ends_a_create_that_hangs_and_leaves_nothing() {
+async fn stop_ends_a_create_that_hangs_and_leaves_nothing(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let launcher = Launcher::start().await;
+    let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "sleep");
     // QEMU waits for an answer of its file server for as long as it has one.
     let mute = images.dir.path().join("mute");
@@ -119,10 +137,9 @@ async fn stop_ends_a_create_that_hangs_and_leaves_nothing() {
     assert_eq!(launcher.wait().await.reason, ExitReason::STOPPED.into());
 }
 
-#[tokio::test]
-async fn a_hypervisor_that_is_killed_is_told_with_the_signal() {
+async fn a_hypervisor_that_is_killed_is_told_with_the_signal(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let launcher = Launcher::start().await;
+    let launcher = Launcher::start(backend).await;
     let created = launcher.create(&launcher.request(&images, "sleep")).await.unwrap();
     launcher.boot().await.unwrap();
     kill(pid(created.pid), Signal::SIGKILL).unwrap();
@@ -131,10 +148,9 @@ async fn a_hypervisor_that_is_killed_is_told_with_the_signal() {
     assert!(exit.detail.ends_with("was killed by SIGKILL"), "{exit}");
 }
 
-#[tokio::test]
-async fn a_killed_launcher_leaves_no_process() {
+async fn a_killed_launcher_leaves_no_process(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let mut launcher = Launcher::start().await;
+    let mut launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "sleep");
     let fs = Fs {
         tag: "share".into(),
@@ -146,7 +162,7 @@ async fn a_killed_launcher_leaves_no_process() {
     launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
     let children = children(launcher.child.id().unwrap());
-    assert_eq!(children.len(), 2);
+    assert!(!children.is_empty());
     launcher.signal(Signal::SIGKILL);
     launcher.ended().await;
     for child in children {
@@ -154,14 +170,34 @@ async fn a_killed_launcher_leaves_no_process() {
     }
 }
 
-#[tokio::test]
-async fn a_launcher_that_is_told_to_end_ends_its_vm_first() {
+async fn a_launcher_that_is_told_to_end_ends_its_vm_first(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let mut launcher = Launcher::start().await;
+    let mut launcher = Launcher::start(backend).await;
     let created = launcher.create(&launcher.request(&images, "sleep")).await.unwrap();
     launcher.boot().await.unwrap();
     launcher.signal(Signal::SIGTERM);
     assert!(launcher.ended().await.success());
     assert!(!std::path::Path::new(&format!("/proc/{}", created.pid)).exists());
     assert!(launcher.leftovers().is_empty());
+}
+
+/// From the smallest to one that has memory above 4 GiB. More than the host has cannot be had.
+async fn a_guest_has_the_processors_and_the_memory_that_it_was_given(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    for (vcpus, memory_mib) in [(1, 128), (2, 512), (8, 3584)] {
+        let launcher = Launcher::start(backend).await;
+        let mut request = launcher.request(&images, "size");
+        let vm = request.vm.as_mut().unwrap();
+        (vm.vcpus, vm.memory_mib) = (vcpus, memory_mib);
+        launcher.create(&request).await.unwrap();
+        launcher.boot().await.unwrap();
+        let exit = launcher.wait().await;
+        let told =
+            exit.console_tail.lines().find_map(|line| line.strip_prefix("guest: ")?.strip_suffix(" MiB")).unwrap();
+        let (processors, usable) = told.split_once(" processors, ").unwrap();
+        assert_eq!(processors.parse(), Ok(vcpus), "{exit}");
+        let usable: u64 = usable.parse().unwrap();
+        // The kernel keeps some for itself.
+        assert!((memory_mib * 3 / 5..memory_mib).contains(&usable), "{exit}");
+    }
 }

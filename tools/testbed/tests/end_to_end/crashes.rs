@@ -10,7 +10,7 @@ const SHIM: &str = "containerd-shim-caisson-v2";
 #[test]
 fn a_killed_hypervisor_ends_the_container_with_255() -> Result<()> {
     let containerd = Containerd::of_this_build()?;
-    let outcome = run_and_kill(&containerd, "qemu-system-x86_64")?;
+    let outcome = run_and_kill(&containerd, &containerd.hypervisor().process())?;
     assert_eq!(outcome.code, 255, "{}", outcome.stderr);
     containerd.assert_nothing_left();
     Ok(())
@@ -19,7 +19,7 @@ fn a_killed_hypervisor_ends_the_container_with_255() -> Result<()> {
 #[test]
 fn a_killed_launcher_ends_the_container_with_255() -> Result<()> {
     let containerd = Containerd::of_this_build()?;
-    let outcome = run_and_kill(&containerd, "caisson-vmm-qemu")?;
+    let outcome = run_and_kill(&containerd, &format!("caisson-vmm-{}", containerd.hypervisor().name()))?;
     assert_eq!(outcome.code, 255, "{}", outcome.stderr);
     containerd.assert_nothing_left();
     Ok(())

@@ -7,95 +7,97 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use caisson_testbed::{Configuration, Containerd, Installation};
+use caisson_testbed::{Configuration, Containerd, Hypervisor, Installation};
 
 /// Far below the defaults: a test should not wait a minute to see a deadline kept.
 const BOOT_LIMIT: Duration = Duration::from_secs(20);
 
 #[test]
 fn a_kernel_that_does_not_exist_is_named() -> Result<()> {
-    refused("hypervisor.qemu.kernel", "/nonexistent/vmlinux", &["/nonexistent/vmlinux", "kernel"])
+    refused("kernel", "/nonexistent/vmlinux", &["/nonexistent/vmlinux", "kernel"])
 }
 
 #[test]
 fn an_initrd_that_does_not_exist_is_named() -> Result<()> {
-    refused("hypervisor.qemu.initrd", "/nonexistent/initrd", &["/nonexistent/initrd", "initrd"])
+    refused("initrd", "/nonexistent/initrd", &["/nonexistent/initrd", "initrd"])
 }
 
 #[test]
 fn a_hypervisor_that_does_not_exist_is_named() -> Result<()> {
-    refused("hypervisor.qemu.path", "/nonexistent/qemu", &["/nonexistent/qemu", "path"])
+    if !has_a_program()? {
+        return Ok(());
+    }
+    refused("path", "/nonexistent/qemu", &["/nonexistent/qemu", "path"])
 }
 
 #[test]
 fn a_file_system_daemon_that_does_not_exist_is_named() -> Result<()> {
-    refused(
-        "hypervisor.qemu.virtio_fs_daemon",
-        "/nonexistent/virtiofsd",
-        &["virtiofsd", "/nonexistent/virtiofsd", "virtio_fs_daemon"],
-    )
+    refused("virtio_fs_daemon", "/nonexistent/virtiofsd", &["virtiofsd", "/nonexistent/virtiofsd", "virtio_fs_daemon"])
 }
 
 #[test]
 fn a_kernel_that_is_none_is_named() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let kernel = write(dir.path(), "vmlinux", b"not a kernel")?;
-    refused("hypervisor.qemu.kernel", &kernel, &[&kernel])
+    refused("kernel", &kernel, &[&kernel])
 }
 
 #[test]
 fn a_hypervisor_that_is_another_program_is_named() -> Result<()> {
-    refused("hypervisor.qemu.path", "/bin/false", &["/bin/false"])
+    if !has_a_program()? {
+        return Ok(());
+    }
+    refused("path", "/bin/false", &["/bin/false"])
 }
 
 #[test]
 fn an_unknown_key_is_named_with_its_file() -> Result<()> {
-    refused("hypervisor.qemu.kernle", "/boot/vmlinuz", &["kernle", "configuration.toml"])
+    refused("kernle", "/boot/vmlinuz", &["kernle", "configuration.toml"])
 }
 
 #[test]
 fn a_value_of_the_wrong_type_is_named_with_what_would_be_right() -> Result<()> {
-    refused("hypervisor.qemu.default_memory", "much", &["default_memory", "number"])
+    refused("default_memory", "much", &["default_memory", "number"])
 }
 
 #[test]
 fn a_corrupt_initrd_shows_the_kernels_last_words() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let initrd = write(dir.path(), "initrd", b"this is no archive at all")?;
-    refused("hypervisor.qemu.initrd", &initrd, &["Kernel panic"])
+    refused("initrd", &initrd, &["Kernel panic"])
 }
 
 #[test]
 fn a_guest_that_panics_shows_the_kernels_last_words() -> Result<()> {
-    refused("hypervisor.qemu.kernel_params", "rdinit=/nonexistent init=/nonexistent", &["Kernel panic"])
+    refused("kernel_params", "rdinit=/nonexistent init=/nonexistent", &["Kernel panic"])
 }
 
 #[test]
 fn an_init_that_exits_shows_the_kernels_last_words() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let initrd = busybox_initrd(dir.path(), "exit 3")?;
-    refused("hypervisor.qemu.initrd", &initrd, &["Attempted to kill init"])
+    refused("initrd", &initrd, &["Attempted to kill init"])
 }
 
 #[test]
 fn an_agent_that_never_calls_is_given_up_at_its_deadline() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let initrd = busybox_initrd(dir.path(), "echo the agent is not here; while :; do busybox sleep 3600; done")?;
-    refused("hypervisor.qemu.initrd", &initrd, &["agent", "boot_timeout_ms"])
+    refused("initrd", &initrd, &["agent", "boot_timeout_ms"])
 }
 
 #[test]
 fn a_guest_that_powers_off_at_once_is_told_apart_from_a_slow_one() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let initrd = busybox_initrd(dir.path(), "busybox poweroff -f")?;
-    refused("hypervisor.qemu.initrd", &initrd, &["guest"])
+    refused("initrd", &initrd, &["guest"])
 }
 
 #[test]
 fn after_a_refusal_the_same_containerd_still_runs_containers() -> Result<()> {
     let installation = Installation::find()?;
     let containerd = Containerd::start(&installation)?;
-    let wrong = Configuration::for_qemu(&installation).with("hypervisor.qemu.kernel", "/nonexistent/vmlinux");
+    let wrong = Configuration::of_this_run(&installation).with_option("kernel", "/nonexistent/vmlinux");
     let wrong = containerd.write_configuration("wrong.toml", &wrong)?;
     let wrong = wrong.to_str().context("path")?;
     assert_ne!(containerd.run(&["--runtime-config-path", wrong], &["true"])?.code, 0);
@@ -104,11 +106,21 @@ fn after_a_refusal_the_same_containerd_still_runs_containers() -> Result<()> {
     Ok(())
 }
 
-/// Runs a container with `key` set to `value` and looks at what the user is told.
+/// Whether the hypervisor is a program of its own; says so when it is not.
+fn has_a_program() -> Result<bool> {
+    let hypervisor = Hypervisor::of_this_run(&Installation::find()?);
+    if hypervisor.program().is_none() {
+        eprintln!("not run: {} is its launcher", hypervisor.name());
+    }
+    Ok(hypervisor.program().is_some())
+}
+
+/// Runs a container with `key` of the hypervisor's table set to `value` and looks at what the user is told.
 fn refused(key: &str, value: &str, parts: &[&str]) -> Result<()> {
     let installation = Installation::find()?;
     let limit = i64::try_from(BOOT_LIMIT.as_millis())?;
-    let configuration = Configuration::for_qemu(&installation).with("runtime.boot_timeout_ms", limit).with(key, value);
+    let configuration =
+        Configuration::of_this_run(&installation).with("runtime.boot_timeout_ms", limit).with_option(key, value);
     let containerd = Containerd::start_with(&installation, &configuration)?;
     let outcome = containerd.run(&[], &["true"])?;
     let told = &outcome.stderr;

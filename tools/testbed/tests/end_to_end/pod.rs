@@ -1,7 +1,8 @@
 //! A pod as Kubernetes makes it: a sandbox container and others that join its virtual machine.
 
 use anyhow::Result;
-use caisson_testbed::{Containerd, Scope};
+use caisson_testbed::Containerd;
+use procfs::process::Process;
 
 use crate::LIMIT;
 
@@ -21,7 +22,7 @@ fn containers_of_one_pod_share_a_virtual_machine_and_not_a_fate() -> Result<()> 
     let boot_id = |id: &str| containerd.exec(id, &["cat", "/proc/sys/kernel/random/boot_id"]).run();
     assert_eq!(boot_id(&pod)?.success()?.stdout_text(), second.stdout_text());
     assert_eq!(boot_id(&first)?.success()?.stdout_text(), second.stdout_text());
-    assert_eq!(hypervisors(containerd.scope())?, 1);
+    assert_eq!(hypervisors(&containerd)?.len(), 1);
 
     containerd.remove(&first)?;
     containerd.remove(&pod)?;
@@ -53,14 +54,13 @@ fn the_pods_end_ends_its_containers() -> Result<()> {
     let session = containerd.prepare(&member, caisson_testbed::BUSYBOX, &id, &command).start()?;
     session.wait_for("up", LIMIT)?;
 
-    let qemu = containerd.scope().processes_named("qemu-system-x86_64")?;
-    qemu.iter().try_for_each(|process| caisson_testbed::kill(process, LIMIT))?;
+    hypervisors(&containerd)?.iter().try_for_each(|process| caisson_testbed::kill(process, LIMIT))?;
     assert_eq!(session.wait(LIMIT)?.code, 255);
     containerd.remove(&pod)?;
     containerd.assert_nothing_left();
     Ok(())
 }
 
-fn hypervisors(scope: &Scope) -> Result<usize> {
-    Ok(scope.processes_named("qemu-system-x86_64")?.len())
+fn hypervisors(containerd: &Containerd) -> Result<Vec<Process>> {
+    containerd.scope().processes_named(&containerd.hypervisor().process())
 }

@@ -48,7 +48,7 @@ pub fn guest_image(installation: &Installation) -> Result<Sizes> {
 }
 
 /// `Pss` of /proc/<pid>/smaps_rollup, `proc_pid_smaps(5)`.
-fn proportional_set_size(process: &Process) -> Result<u64> {
+pub fn proportional_set_size(process: &Process) -> Result<u64> {
     let rollup = process.smaps_rollup().with_context(|| format!("read the memory of process {}", process.pid))?;
     let total = rollup.memory_map_rollup.iter().filter_map(|map| map.extension.map.get("Pss")).sum();
     Ok(total)

@@ -1,60 +1,69 @@
-//! `cargo xtask bench`: how long a pod takes and what it costs, against the budgets.
+//! `cargo xtask bench`: how long things take, what they cost, and where the time goes.
 
+mod boot;
 mod memory;
 mod pod;
 mod report;
+mod run;
 mod stages;
+mod table;
 
-use anyhow::{Context, Result, ensure};
-use caisson_testbed::{Configuration, Containerd, Installation};
+use std::{env, io::stdout, time::Duration};
 
-use report::Report;
+use anyhow::{Result, ensure};
+use caisson_testbed::Installation;
+
+use crate::test_host::{Image, Machine, Task, TestHost};
+
+/// The test host for measurements.
+const MACHINE: Machine = Machine { icount: true, cpus: 1, memory_mib: 4096 };
+const LIMIT: Duration = Duration::from_secs(3600);
 
 /// What can be measured.
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// `ctr run --rm … true`, warm: stages, totals, memory
-    Run(Options),
+    /// Hypervisors alone: from exec to the guest's first process; needs KVM, or --icount
+    Boot(boot::Options),
+    /// `ctr run --rm` of a tiny program, warm: stages, totals, memory
+    Run(run::Options),
 }
 
-/// How to measure.
+/// Where it is measured.
 #[derive(clap::Args)]
-pub struct Options {
-    /// How many pods the medians are taken from
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
-    count: u32,
-    /// Prints JSON instead of tables
+pub struct Clock {
+    /// In a test host where one instruction takes one nanosecond, so that durations repeat: 1 ms is a million
+    /// instructions, the emulated host's and guest's together
     #[arg(long)]
-    json: bool,
-    /// The hypervisor
-    #[arg(long, default_value = "qemu", value_parser = ["qemu"])]
-    hypervisor: String,
-    /// The hypervisor's machine type
-    #[arg(long)]
-    machine_type: Option<String>,
+    icount: bool,
+    /// In that test host: everything has been built
+    #[arg(long, hide = true)]
+    prepared: bool,
 }
 
 /// Measures and prints.
 pub fn run(installation: &Installation, command: &Command) -> Result<()> {
-    let Command::Run(options) = command;
-    let mut configuration = Configuration::for_qemu(installation);
-    if let Some(machine_type) = &options.machine_type {
-        configuration = configuration.with("hypervisor.qemu.machine_type", machine_type.as_str());
+    let clock = match command {
+        Command::Boot(options) => &options.clock,
+        Command::Run(options) => &options.clock,
+    };
+    if let (Command::Boot(options), false) = (command, clock.prepared) {
+        options.prepare(installation)?;
     }
-    let containerd = Containerd::start_with(installation, &configuration)?;
-
-    let mut pods = Vec::new();
-    for number in 0..=options.count as usize {
-        let name = if number == 0 { "the first pod, which is not counted".to_owned() } else { format!("pod {number}") };
-        eprintln!("    {name}");
-        pods.push(pod::measure(&containerd, number + 1).context(name)?);
+    match command {
+        _ if clock.icount => run_in_test_host(installation),
+        Command::Boot(options) => boot::run(installation, options),
+        Command::Run(options) => run::run(installation, options),
     }
-    let first = pods.remove(0);
-    let memory = memory::measure(&containerd)?;
-    let image = memory::guest_image(installation)?;
-    let left = containerd.leftovers()?;
-    ensure!(left.is_empty(), "left behind:\n{}", left.join("\n"));
+}
 
-    let report = Report::of(options, &first, &pods, memory, image);
-    if options.json { report.print_json() } else { report.print_tables() }
+/// The same command, without the clock.
+fn run_in_test_host(installation: &Installation) -> Result<()> {
+    let program = installation.programs.join("xtask").display().to_string();
+    let arguments = env::args().skip(1).filter(|argument| !["--icount", "--no-setup"].contains(&argument.as_str()));
+    let command: Vec<String> =
+        [program, "--no-setup".to_owned()].into_iter().chain(arguments).chain(["--prepared".to_owned()]).collect();
+    let host = TestHost::new(installation, Image::build(Image::SUITE)?, MACHINE)?;
+    let task = Task { command: &command, stdin: false, console: false, limit: LIMIT };
+    ensure!(host.run(&task, &mut stdout())? == 0, "the measurement failed in the test host");
+    Ok(())
 }

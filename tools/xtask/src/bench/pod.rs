@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use caisson_testbed::Containerd;
+use procfs::{CurrentSI, KernelStats};
 
 use crate::bench::stages::{Stages, parse};
 
@@ -18,6 +19,12 @@ const PART: &str = "of_";
 pub struct Pod {
     /// From executing ctr to its end.
     pub total: f64,
+    /// From executing ctr to the first byte of output.
+    pub first_output: f64,
+    /// What all processors of the machine did meanwhile.
+    pub busy: f64,
+    /// Likewise, waiting for storage included.
+    pub idle: f64,
     /// What makes up the total, in order.
     pub outside: Stages,
     /// What the shim tells of the start.
@@ -28,8 +35,10 @@ pub struct Pod {
 
 /// Runs the `number`th pod of this containerd, counted from 1.
 pub fn measure(containerd: &Containerd, number: usize) -> Result<Pod> {
-    // The byte tells when the container ran; `true` itself would tell nothing.
-    let outcome = containerd.run(&[], &["sh", "-c", "echo; exec true"])?.success()?;
+    let before = Processors::now()?;
+    // A tiny static program, whose output tells when it ran.
+    let outcome = containerd.run(&[], &["echo"])?.success()?;
+    let used = Processors::now()?.since(&before);
     let started = containerd.log().wait_for_nth("sandbox started", number, LOG_LIMIT)?;
     let ended = containerd.log().wait_for_nth("sandbox ended", number, LOG_LIMIT)?;
 
@@ -47,7 +56,27 @@ pub fn measure(containerd: &Containerd, number: usize) -> Result<Pod> {
         ("containerd, ctr", total - sandbox_ended),
     ];
     let outside = outside.map(|(name, value)| (name.to_owned(), value)).to_vec();
-    Ok(Pod { total, outside, start, end })
+    Ok(Pod { total, first_output, busy: used.busy, idle: used.idle, outside, start, end })
+}
+
+/// What the machine's processors have done so far, in milliseconds; counted in the kernel's ticks.
+struct Processors {
+    busy: f64,
+    idle: f64,
+}
+
+impl Processors {
+    fn now() -> Result<Self> {
+        let total = KernelStats::current().context("read /proc/stat")?.total;
+        let idle = total.idle_ms() + total.iowait_ms().unwrap_or_default();
+        let irq = total.irq_ms().unwrap_or_default() + total.softirq_ms().unwrap_or_default();
+        let busy = total.user_ms() + total.nice_ms() + total.system_ms() + irq;
+        Ok(Self { busy: busy as f64, idle: idle as f64 })
+    }
+
+    fn since(&self, before: &Self) -> Self {
+        Self { busy: self.busy - before.busy, idle: self.idle - before.idle }
+    }
 }
 
 fn milliseconds(duration: Duration) -> f64 {

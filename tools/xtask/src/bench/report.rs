@@ -1,14 +1,15 @@
 //! The measurements as tables for people or as JSON for programs, each held against its budget.
 
 use anyhow::{Context, Result};
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::Table;
 use serde::Serialize;
 
 use crate::bench::{
-    Options,
     memory::{AGENT, Sizes},
     pod::Pod,
+    run::Options,
     stages::{Stages, median},
+    table::table,
 };
 
 const MB: f64 = 1_000_000.0;
@@ -34,6 +35,12 @@ pub struct Report {
     cold_total: f64,
     /// Medians in milliseconds.
     total: f64,
+    /// Until the first byte of the container's output.
+    first_output: f64,
+    /// How long the machine's processors worked meanwhile, together.
+    busy: f64,
+    /// How long they had nothing to do.
+    idle: f64,
     outside: Stages,
     start: Stages,
     end: Stages,
@@ -62,7 +69,10 @@ impl Report {
             machine_type: options.machine_type.clone(),
             pods: pods.len(),
             cold_total: first.total,
-            total: median(pods.iter().map(|pod| pod.total)).unwrap_or_default(),
+            total: of_pods(pods, |pod| pod.total),
+            first_output: of_pods(pods, |pod| pod.first_output),
+            busy: of_pods(pods, |pod| pod.busy),
+            idle: of_pods(pods, |pod| pod.idle),
             outside: medians(pods, |pod| &pod.outside),
             start: medians(pods, |pod| &pod.start),
             end: medians(pods, |pod| &pod.end),
@@ -89,6 +99,9 @@ impl Report {
         );
         let mut times = table(&["stage", "ms"]);
         times.add_row([TOTAL.to_owned(), format!("{:.1}", self.total)]);
+        for (name, value) in [("first output", self.first_output), ("busy", self.busy), ("idle", self.idle)] {
+            times.add_row([format!("- {name}"), format!("{value:.1}")]);
+        }
         add_stages(&mut times, "- ", &self.outside);
         add_stages(&mut times, "shim, create: ", &self.start);
         add_stages(&mut times, "shim, end: ", &self.end);
@@ -120,6 +133,10 @@ impl Report {
     }
 }
 
+fn of_pods(pods: &[Pod], value: fn(&Pod) -> f64) -> f64 {
+    median(pods.iter().map(value)).unwrap_or_default()
+}
+
 /// The median of each stage, in the order of the first pod that has it.
 fn medians(pods: &[Pod], stages: impl Fn(&Pod) -> &Stages) -> Stages {
     let mut names: Vec<&String> = Vec::new();
@@ -135,15 +152,6 @@ fn medians(pods: &[Pod], stages: impl Fn(&Pod) -> &Stages) -> Stages {
     names.into_iter().filter_map(value).collect()
 }
 
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::ASCII_MARKDOWN).set_header(header);
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
-}
-
 fn add_stages(table: &mut Table, prefix: &str, stages: &Stages) {
     for (name, milliseconds) in stages {
         table.add_row([format!("{prefix}{name}"), format!("{milliseconds:.1}")]);
@@ -156,7 +164,7 @@ mod tests {
 
     fn pod(start: &[(&str, f64)]) -> Pod {
         let start = start.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
-        Pod { total: 1.0, outside: Stages::new(), start, end: Stages::new() }
+        Pod { total: 1.0, first_output: 1.0, busy: 1.0, idle: 0.0, outside: Stages::new(), start, end: Stages::new() }
     }
 
     #[test]

@@ -5,11 +5,11 @@
 use std::{collections::HashMap, sync::Mutex, time::Duration};
 
 use caisson_protocol::vmm::{Device, device::Kind};
-use caisson_vmm_launcher::{Error, Result, request};
+use caisson_vmm_launcher::{Error, Result, qmp::Qmp, request};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use crate::{command_line::block_driver, options::MachineType, qmp::Qmp};
+use crate::{command_line::block_driver, options::MachineType};
 
 /// A guest without a working driver never lets go of a device.
 const DETACH_DEADLINE: Duration = Duration::from_secs(20);

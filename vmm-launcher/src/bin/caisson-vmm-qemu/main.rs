@@ -8,7 +8,6 @@ mod hotplug;
 mod kernel_params;
 mod options;
 mod qemu;
-mod qmp;
 
 use std::process::ExitCode;
 

@@ -80,8 +80,8 @@ pub const DOCS: &[OptionDoc] = &[
     OptionDoc {
         key: "hotplug_slots",
         kind: "integer",
-        accepted: &[],
-        doc: "How many devices q35 can take while it runs, 0 to 255; microvm takes none.",
+        accepted: &["0", "255"],
+        doc: "How many devices q35 can take while it runs; microvm takes none.",
     },
     OptionDoc {
         key: "extra_args",
@@ -111,7 +111,8 @@ mod tests {
     fn every_accepted_value_is_read() {
         for doc in DOCS {
             for value in doc.accepted {
-                parse::<Options>(&format!("{} = \"{value}\"", doc.key)).unwrap();
+                let quote = if doc.kind == "integer" { "" } else { "\"" };
+                parse::<Options>(&format!("{} = {quote}{value}{quote}", doc.key)).unwrap();
             }
         }
     }

@@ -12,15 +12,16 @@ use caisson_protocol::vmm::{
 };
 use caisson_vmm_launcher::{
     Error, Result,
-    console::{Audience, Console},
+    console::{self, Audience, Console},
     guest_vsock::GuestVsock,
     hypervisor::{Created, Hypervisor},
     kernel,
     options::{describe, parse},
     process::{Ended, Process},
+    qmp::Qmp,
     request,
     time_stamp::Moment,
-    virtiofsd::Virtiofsd,
+    virtiofsd::{Virtiofsd, any_failed},
     vm::exit,
     vsock::VsockBackend,
 };
@@ -34,7 +35,6 @@ use crate::{
     hotplug::Slots,
     kernel_params::kernel_params,
     options::{DOCS, MachineType, Options},
-    qmp::Qmp,
 };
 
 /// QEMU is ready in a tenth of a second, unless the host is very busy.
@@ -50,6 +50,19 @@ const QEMU_AFTER_QMP: Duration = Duration::from_secs(1);
 const MAX_VCPUS: u32 = 255;
 /// The image is the first disk.
 const IMAGE_ID: &str = "image";
+
+/// For `Capabilities`.
+const MISSING: &[(&str, &str)] = &[
+    ("block-hotplug", "microvm takes no devices while it runs; machine_type = \"q35\" does"),
+    ("net-hotplug", "microvm takes no devices while it runs; machine_type = \"q35\" does"),
+    ("pmem", "the launcher gives QEMU none yet"),
+    ("vfio", "the launcher gives QEMU none of the host's devices yet"),
+    ("snapshot", "the launcher does not save QEMU's guests yet"),
+    ("resize-vcpus", "the launcher does not resize QEMU's guests yet"),
+    ("resize-memory", "the launcher does not resize QEMU's guests yet"),
+    ("tdx", "the launcher starts no confidential guests yet"),
+    ("sev-snp", "the launcher starts no confidential guests yet"),
+];
 
 /// A running QEMU.
 pub struct Qemu {
@@ -88,6 +101,7 @@ impl Hypervisor for Qemu {
             operations: words(&["pause"]),
             accelerator: accelerator.name().into(),
             accelerator_reason: why,
+            missing: MISSING.iter().map(|(what, why)| ((*what).to_owned(), (*why).to_owned())).collect(),
             ..Default::default()
         })
     }
@@ -165,14 +179,14 @@ impl Hypervisor for Qemu {
         &self.console
     }
 
-    fn metrics(&self) -> String {
-        format!(
+    async fn metrics(&self) -> Result<String> {
+        Ok(format!(
             "# HELP caisson_vm_memory_bytes The guest's memory.\n# TYPE caisson_vm_memory_bytes gauge\n\
              caisson_vm_memory_bytes {}\n\
              # HELP caisson_vm_vcpus The guest's processors.\n# TYPE caisson_vm_vcpus gauge\ncaisson_vm_vcpus {}\n",
             self.memory_mib << 20,
             self.vcpus
-        )
+        ))
     }
 }
 
@@ -187,9 +201,9 @@ async fn start(request: &CreateRequest, audience: Audience, helpers: &mut Helper
 
     let shared_memory = vm.devices.iter().any(|device| matches!(device.kind, Some(Kind::Fs(_) | Kind::Vsock(_))));
     let mut line = CommandLine::new(vm, &options, accelerator, shared_memory);
-    let (qmp, socket) = Qmp::pair().map_err(Error::host("make QEMU's socket pair"))?;
+    let (qmp, socket) = Qmp::pair("QEMU").map_err(Error::host("make QEMU's socket pair"))?;
     line.monitor(socket);
-    let (console, socket) = Console::open(console_log(&vm.devices), audience)?;
+    let (console, socket) = Console::open(console::log_of(&vm.devices), audience)?;
     line.console(socket);
     if !vm.image.is_empty() {
         line.block(IMAGE_ID, &Block { path: vm.image.clone(), read_only: true, ..Default::default() });
@@ -271,25 +285,6 @@ impl Qemu {
         }
         (ExitReason::HYPERVISOR_FAILED, self.process.describe(ended))
     }
-}
-
-/// Answers with the words of the first that ends; never when there is none.
-async fn any_failed(file_servers: &[Virtiofsd]) -> String {
-    let mut ends: Vec<_> = file_servers.iter().map(|file_server| Box::pin(file_server.failed())).collect();
-    std::future::poll_fn(|context| {
-        ends.iter_mut()
-            .map(|end| end.as_mut().poll(context))
-            .find(std::task::Poll::is_ready)
-            .unwrap_or(std::task::Poll::Pending)
-    })
-    .await
-}
-
-fn console_log(devices: &[Device]) -> Option<&Path> {
-    devices.iter().find_map(|device| match &device.kind {
-        Some(Kind::Console(console)) => Some(Path::new(console.log.as_str())),
-        _ => None,
-    })
 }
 
 /// Adds one device, and answers where the guest finds it.

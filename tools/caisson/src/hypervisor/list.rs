@@ -1,0 +1,220 @@
+//! `caisson hypervisor list`: every hypervisor of the product, and any other that has a launcher.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use caisson_config_service::{
+    installation::Installation,
+    resolve::Resolver,
+    switch::{self, Listed},
+};
+use caisson_protocol::config::SandboxConfig;
+use serde::Serialize;
+
+use super::{
+    features::{self, Answer},
+    known::{self, Known},
+};
+use crate::{
+    launcher::{self, Capabilities},
+    output::{Format, table},
+    vmm_program,
+};
+
+/// One line of the list.
+#[derive(Debug, Serialize)]
+pub(crate) struct Line {
+    name: String,
+    #[serde(flatten)]
+    known: Option<Facts>,
+    /// Whether new sandboxes get it.
+    in_force: bool,
+    /// None when it is not installed.
+    launcher: Option<PathBuf>,
+    #[serde(flatten)]
+    found: Found,
+}
+
+#[derive(Debug, Serialize)]
+struct Facts {
+    short: &'static str,
+    architectures: &'static [&'static str],
+    #[serde(rename = "type")]
+    kind: &'static str,
+}
+
+/// What the launcher answered.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Found {
+    Works { version: String, accelerator: String, features: BTreeMap<&'static str, Answer> },
+    DoesNot { problem: String },
+}
+
+pub(super) async fn run(installation: Installation, format: Format) -> anyhow::Result<()> {
+    let dirs = installation.program_dirs.clone();
+    let mut resolver = Resolver::new(installation);
+    let in_force = resolver.resolve(None).await.map(|resolved| resolved.config).ok();
+    let configurations = switch::list(&mut resolver).await;
+    let mut lines = Vec::new();
+    // One after the other: launchers that try KVM at the same time keep each other from it.
+    for name in names(&dirs) {
+        let is_in_force = in_force.as_ref().is_some_and(|config| config.hypervisor == name);
+        let config = if is_in_force { in_force.clone() } else { usable(&mut resolver, &configurations, &name).await };
+        let program = config.as_ref().and_then(vmm_program::path);
+        lines.push(line(name, is_in_force, &dirs, program).await);
+    }
+    format.print(&lines, |lines| text(lines))
+}
+
+/// What a sandbox of the hypervisor `name` would be made of: its path may differ from the launcher's choice.
+async fn usable(resolver: &mut Resolver, configurations: &[Listed], name: &str) -> Option<SandboxConfig> {
+    let chosen = |listed: &&Listed| listed.hypervisor.as_deref() == Some(name) && listed.problems.is_empty();
+    let file = configurations.iter().find(chosen)?;
+    resolver.resolve(Some(&file.path)).await.map(|resolved| resolved.config).ok()
+}
+
+/// The product's in their order, then others that have a launcher.
+fn names(dirs: &[PathBuf]) -> Vec<String> {
+    let mut names: Vec<_> = known::ALL.iter().map(|known| known.name.to_owned()).collect();
+    let others = launcher::installed(dirs).into_iter().filter(|name| !names.contains(name));
+    let others: Vec<_> = others.collect();
+    names.extend(others);
+    names
+}
+
+async fn line(name: String, in_force: bool, dirs: &[PathBuf], program: Option<&str>) -> Line {
+    let launcher = launcher::find(dirs, &name);
+    let found = match &launcher {
+        None => Found::DoesNot { problem: format!("not installed: there is no caisson-vmm-{name}") },
+        Some(launcher) => match launcher::capabilities(launcher, program).await {
+            Ok(told) => works(told),
+            Err(error) => Found::DoesNot { problem: format!("{error:#}") },
+        },
+    };
+    let known = known::find(&name).map(|Known { name, architectures, kind, .. }| Facts {
+        short: known::short(name),
+        architectures,
+        kind,
+    });
+    Line { name, known, in_force, launcher, found }
+}
+
+fn works(told: Capabilities) -> Found {
+    let features = features::ALL.iter().map(|feature| (feature.name, feature.of(&told))).collect();
+    Found::Works { version: told.version, accelerator: told.accelerator, features }
+}
+
+fn text(lines: &[Line]) -> String {
+    let mut head = vec!["", "NAME", "SHORT", "VERSION", "BY", "TYPE", "ARCHITECTURES"];
+    head.extend(features::ALL.iter().map(|feature| feature.heading));
+    let mut list = table(&head);
+    for line in lines {
+        list.add_row(cells(line));
+    }
+    let mut text = list.trim_fmt();
+    text.push_str("\n\n* is what new sandboxes get. FILES is file sharing; BLOCK, NET, CPU and MEMORY are hotplug.\n");
+    let why = lines.iter().flat_map(why_not).collect::<Vec<_>>();
+    if !why.is_empty() {
+        text.push_str("\nWhy not:\n");
+        why.iter().for_each(|sentence| text.push_str(&format!("  {sentence}\n")));
+    }
+    text
+}
+
+fn cells(line: &Line) -> Vec<String> {
+    let star = if line.in_force { "*" } else { "" };
+    let (short, kind, architectures) = match &line.known {
+        Some(known) => (known.short, known.kind, known.architectures.join(" ")),
+        None => ("-", "-", "-".to_owned()),
+    };
+    let (version, accelerator, answers): (_, _, Vec<_>) = match &line.found {
+        Found::Works { version, accelerator, features } => {
+            let words = features::ALL.iter().map(|feature| match features.get(feature.name) {
+                Some(Answer::Yes) => "yes",
+                Some(Answer::No(_)) | None => "no",
+            });
+            (first_number(version), accelerator.as_str(), words.collect())
+        }
+        Found::DoesNot { .. } => ("-", "-", vec!["-"; features::ALL.len()]),
+    };
+    let cells = [star, &line.name, short, version, accelerator, kind, &architectures];
+    cells.into_iter().chain(answers).map(str::to_owned).collect()
+}
+
+/// Features that are missing for the same reason share a sentence.
+fn why_not(line: &Line) -> Vec<String> {
+    match &line.found {
+        Found::DoesNot { problem } => vec![format!("{}: {problem}", line.name)],
+        Found::Works { features, .. } => {
+            let mut by_reason: Vec<(&str, Vec<&str>)> = Vec::new();
+            for feature in &features::ALL {
+                let Some(Answer::No(reason)) = features.get(feature.name) else { continue };
+                match by_reason.iter_mut().find(|(known, _)| known == reason) {
+                    Some((_, words)) => words.push(feature.words),
+                    None => by_reason.push((reason, vec![feature.words])),
+                }
+            }
+            let sentence =
+                |(reason, words): (&str, Vec<&str>)| format!("{}: no {}: {reason}", line.name, words.join(", "));
+            by_reason.into_iter().map(sentence).collect()
+        }
+    }
+}
+
+/// Of "QEMU emulator version 7.2.22 (Debian …)" the number: the rest is told by `show`.
+fn first_number(version: &str) -> &str {
+    let word =
+        version.split_whitespace().find(|word| word.trim_start_matches('v').starts_with(|c: char| c.is_ascii_digit()));
+    word.unwrap_or(version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told() -> Capabilities {
+        Capabilities {
+            version: "QEMU emulator version 7.2.22 (Debian 1:7.2)".into(),
+            accelerator: "tcg".into(),
+            devices: vec!["fs".into()],
+            missing: [("tdx", "needs KVM"), ("sev-snp", "needs KVM"), ("snapshot", "not written yet")]
+                .map(|(key, why)| (key.to_owned(), why.to_owned()))
+                .into(),
+            ..Capabilities::default()
+        }
+    }
+
+    fn qemu() -> Line {
+        Line { name: "qemu".into(), known: None, in_force: true, launcher: Some("/x".into()), found: works(told()) }
+    }
+
+    #[test]
+    fn the_version_in_the_list_is_the_number() {
+        assert_eq!(first_number("QEMU emulator version 7.2.22 (Debian 1:7.2)"), "7.2.22");
+        assert_eq!(first_number("Firecracker v1.16.1"), "v1.16.1");
+        assert_eq!(first_number("odd"), "odd");
+    }
+
+    #[test]
+    fn features_that_are_missing_for_one_reason_share_a_sentence() {
+        let told = why_not(&qemu());
+        assert!(told.contains(&"qemu: no TDX, SEV-SNP: needs KVM".to_owned()), "{told:?}");
+        assert!(told.contains(&"qemu: no snapshot: not written yet".to_owned()), "{told:?}");
+        assert!(!told.iter().any(|sentence| sentence.contains("file sharing")), "{told:?}");
+    }
+
+    #[tokio::test]
+    async fn a_hypervisor_without_launcher_is_in_the_list_and_said_not_to_be_installed() {
+        let line = line("acrn".into(), false, &["/nonexistent".into()], None).await;
+        let text = text(&[line]);
+        assert!(text.contains("acrn: not installed: there is no caisson-vmm-acrn"), "{text}");
+    }
+
+    #[test]
+    fn json_tells_every_feature_with_its_reason() {
+        let json = serde_json::to_value(qemu()).unwrap();
+        assert_eq!(json["features"]["file_sharing"], "yes");
+        assert_eq!(json["features"]["tdx"]["no"], "needs KVM");
+        assert_eq!(json["in_force"], true);
+    }
+}

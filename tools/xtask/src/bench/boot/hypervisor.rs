@@ -1,0 +1,118 @@
+//! Who takes part: caisson's own launcher and QEMU, and the others whose programs are there. Each boots the guest with
+//! its serial console on standard output, in the leanest way that its documentation describes.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result};
+use caisson_testbed::Installation;
+use serde_json::json;
+
+use super::guest::{Guest, PARAMETERS};
+
+/// A folder of hypervisors' programs.
+const FOLDER: &str = "CAISSON_HYPERVISORS";
+/// The one that the others are held against.
+pub const OURS: &str = "builtin";
+
+/// One way to boot the guest.
+#[derive(Debug)]
+pub struct Candidate {
+    /// What people call it.
+    pub name: String,
+    program: PathBuf,
+    arguments: Vec<String>,
+}
+
+impl Candidate {
+    /// Everyone who is there.
+    pub fn all(installation: &Installation, guest: &Guest, folder: &Path) -> Result<Vec<Self>> {
+        let mut all = Vec::new();
+        let builtin = installation.programs.join("caisson-vmm-builtin");
+        if builtin.exists() {
+            all.push(Self::new(OURS, builtin, caisson(guest)));
+        }
+        all.push(Self::new("qemu microvm", installation.qemu.clone(), qemu(guest, "microvm,pit=on,pic=on,rtc=on")));
+        all.push(Self::new("qemu q35", installation.qemu.clone(), qemu(guest, "q35")));
+        let Some(programs) = env::var_os(FOLDER).map(PathBuf::from) else { return Ok(all) };
+        for (name, arguments) in [
+            ("firecracker", firecracker(guest, folder)?),
+            ("cloud-hypervisor", cloud_hypervisor(guest)),
+            ("stratovirt", stratovirt(guest)),
+        ] {
+            let program = programs.join(name);
+            if program.exists() {
+                all.push(Self::new(name, program, arguments));
+            }
+        }
+        Ok(all)
+    }
+
+    fn new(name: &str, program: PathBuf, arguments: Vec<String>) -> Self {
+        Self { name: name.to_owned(), program, arguments }
+    }
+
+    /// Not started yet.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(&self.arguments);
+        command
+    }
+
+    /// The same, started by `sh`, which first writes its process id to `file`.
+    pub fn command_with_pid_in(&self, file: &Path) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo $$ > \"$0\" && exec \"$@\""]).arg(file).arg(&self.program).args(&self.arguments);
+        command
+    }
+}
+
+fn caisson(guest: &Guest) -> Vec<String> {
+    let memory = guest.memory_mib.to_string();
+    strings(&["run", "--kernel", &path(&guest.vmlinux), "--initrd", &path(&guest.initrd), "--memory", &memory])
+}
+
+fn qemu(guest: &Guest, machine: &str) -> Vec<String> {
+    let (machine, memory) = (format!("{machine},accel=kvm"), format!("{}M", guest.memory_mib));
+    let (kernel, initrd) = (path(&guest.vmlinux), path(&guest.initrd));
+    let hardware =
+        ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", &machine, "-cpu", "host"];
+    let guest = ["-m", &memory, "-serial", "stdio", "-kernel", &kernel, "-initrd", &initrd, "-append", PARAMETERS];
+    strings(&[&hardware[..], &guest].concat())
+}
+
+fn firecracker(guest: &Guest, folder: &Path) -> Result<Vec<String>> {
+    let file = folder.join("firecracker.json");
+    let configuration = json!({
+        "boot-source": { "kernel_image_path": guest.vmlinux, "initrd_path": guest.initrd, "boot_args": PARAMETERS },
+        "drives": [],
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": guest.memory_mib },
+    });
+    fs::write(&file, configuration.to_string()).context("write Firecracker's configuration")?;
+    Ok(strings(&["--no-api", "--config-file", &path(&file)]))
+}
+
+fn cloud_hypervisor(guest: &Guest) -> Vec<String> {
+    let memory = format!("size={}M", guest.memory_mib);
+    let (kernel, initrd) = (path(&guest.vmlinux), path(&guest.initrd));
+    let devices = ["--cpus", "boot=1", "--memory", &memory, "--serial", "tty", "--console", "off"];
+    strings(&[&devices[..], &["--kernel", &kernel, "--initramfs", &initrd, "--cmdline", PARAMETERS]].concat())
+}
+
+fn stratovirt(guest: &Guest) -> Vec<String> {
+    let memory = format!("{}M", guest.memory_mib);
+    let (kernel, initrd) = (path(&guest.bz_image), path(&guest.initrd));
+    let devices = ["-machine", "microvm", "-smp", "1", "-m", &memory, "-serial", "file,path=/dev/stdout"];
+    strings(&[&devices[..], &["-kernel", &kernel, "-initrd", &initrd, "-append", PARAMETERS]].concat())
+}
+
+fn path(path: &Path) -> String {
+    path.display().to_string()
+}
+
+fn strings(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
+}

@@ -1,0 +1,100 @@
+//! QEMU as the test host's hardware.
+
+use std::{
+    fs::File,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result};
+use caisson_test_host::{PORT, SCRATCH_DISK, SHARE, SYSTEM_DISK};
+use command_fds::{CommandFdExt, FdMapping};
+
+use super::{child::ChildGuard, image::Image, share::Share};
+
+/// An AMD processor with SVM, less what TCG cannot emulate of it.
+const PROCESSOR: &str =
+    "EPYC,+svm,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,-xsavec";
+const PLATFORM: &str = "q35,memory-backend=memory,smbus=off,sata=off,usb=off,vmport=off";
+/// A panic ends the machine.
+const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off";
+/// QEMU's cache of translated code in MiB: the default grows with the machine's memory, not with what is executed.
+const TRANSLATIONS_MIB: u32 = 256;
+
+/// The descriptors that QEMU inherits.
+const CONTROL_FD: i32 = 3;
+const CONSOLE_FD: i32 = 4;
+const SCRATCH_FD: i32 = 5;
+
+/// Its size, and its clock.
+#[derive(Clone, Copy, Debug)]
+pub struct Machine {
+    /// One instruction is one nanosecond, on one processor.
+    pub icount: bool,
+    /// Processors, without `icount`.
+    pub cpus: u32,
+    /// Memory in MiB. Taken from this machine only as it is used.
+    pub memory_mib: u64,
+}
+
+/// This side's ends of what QEMU is connected to belong to others.
+pub struct Connections {
+    /// The port.
+    pub control: UnixStream,
+    /// The serial console.
+    pub console: UnixStream,
+    /// The disk that is written to.
+    pub scratch: File,
+}
+
+impl Machine {
+    /// Starts it.
+    pub fn start(&self, image: &Image, share: &Share, connections: Connections) -> Result<ChildGuard> {
+        let mut qemu = ChildGuard::command("qemu-system-x86_64");
+        qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", PLATFORM]);
+        qemu.args(["-cpu", PROCESSOR]).args(self.clock());
+        qemu.arg("-m").arg(format!("{}M", self.memory_mib));
+        qemu.arg("-object").arg(format!("memory-backend-memfd,id=memory,share=on,size={}M", self.memory_mib));
+        qemu.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd).args(["-append", PARAMETERS]);
+        qemu.args(["-chardev", &format!("socket,id=console,fd={CONSOLE_FD}"), "-serial", "chardev:console"]);
+        qemu.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
+        qemu.args(["-chardev", &format!("socket,id=control,fd={CONTROL_FD}")]);
+        qemu.args(["-device", &format!("virtserialport,chardev=control,name={PORT}")]);
+
+        let system = image.system.display();
+        add_disk(&mut qemu, SYSTEM_DISK, &format!("read-only=on,file.filename={system}"));
+        qemu.args(["-add-fd", &format!("fd={SCRATCH_FD},set=1")]);
+        // Nobody reads it when the machine has ended.
+        add_disk(&mut qemu, SCRATCH_DISK, "discard=unmap,cache.no-flush=on,file.filename=/dev/fdset/1");
+        qemu.args(["-chardev", &format!("socket,id=share,path={},abstract=on", share.socket())]);
+        qemu.args(["-device", &format!("vhost-user-fs-pci,chardev=share,tag={SHARE}")]);
+
+        let inherit = |parent_fd: OwnedFd, child_fd| FdMapping { parent_fd, child_fd };
+        let Connections { control, console, scratch } = connections;
+        let descriptors = vec![
+            inherit(control.into(), CONTROL_FD),
+            inherit(console.into(), CONSOLE_FD),
+            inherit(scratch.into(), SCRATCH_FD),
+        ];
+        qemu.fd_mappings(descriptors).context("pass QEMU its connections")?;
+        // What it complains of is for the user.
+        qemu.stdin(Stdio::null()).stdout(Stdio::null());
+        ChildGuard::spawn(qemu)
+    }
+
+    fn clock(&self) -> Vec<String> {
+        let thread = if self.icount { "single" } else { "multi" };
+        let cpus = if self.icount { 1 } else { self.cpus };
+        let accelerator = format!("tcg,thread={thread},tb-size={TRANSLATIONS_MIB}");
+        let mut arguments = vec!["-accel".to_owned(), accelerator, "-smp".to_owned(), cpus.to_string()];
+        if self.icount {
+            arguments.extend(["-icount".to_owned(), "shift=0,sleep=off".to_owned()]);
+        }
+        arguments
+    }
+}
+
+fn add_disk(qemu: &mut Command, serial: &str, options: &str) {
+    qemu.arg("-blockdev").arg(format!("driver=raw,node-name={serial},file.driver=file,{options}"));
+    qemu.arg("-device").arg(format!("virtio-blk-pci,drive={serial},serial={serial}"));
+}

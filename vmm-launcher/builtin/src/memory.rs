@@ -1,0 +1,108 @@
+//! The guest's physical memory.
+
+use std::{fs::File, io, sync::Arc};
+
+use caisson_vmm_launcher::{Error, Result};
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
+
+use crate::arch::layout::{HIGH_RAM, LOW_RAM_END};
+
+/// The guest's physical memory; a clone is another handle to the same mappings. Each region is backed by a file
+/// descriptor ([`vm_memory::GuestMemoryRegion::file_offset`]), so that it can be shared with another process.
+pub type GuestMemory = GuestMemoryMmap<()>;
+
+/// Makes `mib` MiB of memory, below and above the hole for devices. Nothing of it is used up before the guest touches it.
+///
+/// # Errors
+/// When the host does not have that much, or refuses it.
+pub fn allocate(mib: u64) -> Result<GuestMemory> {
+    let host_mib = nix::sys::sysinfo::sysinfo()
+        .map_err(|error| Error::host("ask for the host's memory")(error.into()))?
+        .ram_total()
+        >> 20;
+    if mib > host_mib {
+        return Err(Error::Invalid(format!("{mib} MiB of memory cannot be had: this machine has {host_mib} MiB")));
+    }
+    map(mib << 20).map_err(Error::host(format!("make {mib} MiB of guest memory")))
+}
+
+/// Tells KVM what is where.
+///
+/// # Errors
+/// When KVM refuses.
+pub fn give_to_kvm(memory: &GuestMemory, vm: &VmFd) -> Result<()> {
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+            flags: 0,
+        };
+        // SAFETY: the region is mapped with this size, and the machine keeps `memory` until its vCPUs have ended. Nothing
+        // in this process holds a reference into it: the guest writes there at any time.
+        unsafe { vm.set_user_memory_region(slot) }
+            .map_err(|error| Error::host("give the guest its memory")(error.into()))?;
+    }
+    Ok(())
+}
+
+/// The first address after all memory.
+pub fn end(memory: &GuestMemory) -> u64 {
+    memory.last_addr().0 + 1
+}
+
+/// The end of the memory that begins at address 0.
+pub fn low_end(memory: &GuestMemory) -> u64 {
+    memory.iter().next().map_or(0, GuestMemoryRegion::len)
+}
+
+fn map(bytes: u64) -> io::Result<GuestMemory> {
+    let file = File::from(memfd_create("guest-memory", MFdFlags::MFD_CLOEXEC)?);
+    file.set_len(bytes)?;
+    let file = Arc::new(file);
+    let region = |start: u64, offset: u64, size: u64| {
+        let mapping = MmapRegion::from_file(FileOffset::from_arc(file.clone(), offset), size as usize)
+            .map_err(io::Error::other)?;
+        GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(io::Error::from(io::ErrorKind::InvalidInput))
+    };
+    let low = bytes.min(LOW_RAM_END);
+    let mut regions = vec![region(0, 0, low)?];
+    if bytes > low {
+        regions.push(region(HIGH_RAM, low, bytes - low)?);
+    }
+    GuestMemory::from_regions(regions).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn regions(memory: &GuestMemory) -> Vec<(u64, u64)> {
+        memory.iter().map(|region| (region.start_addr().0, region.len())).collect()
+    }
+
+    #[test]
+    fn small_memory_is_one_region() {
+        assert_eq!(regions(&allocate(128).unwrap()), [(0, 128 << 20)]);
+    }
+
+    #[test]
+    fn large_memory_goes_on_above_4_gib() {
+        let memory = map(5 << 30).unwrap();
+        assert_eq!(regions(&memory), [(0, 3 << 30), (4 << 30, 2 << 30)]);
+        assert_eq!(memory.iter().map(|region| region.file_offset().unwrap().start()).collect::<Vec<_>>(), [0, 3 << 30]);
+        assert_eq!(end(&memory), 6 << 30);
+    }
+
+    #[test]
+    fn more_than_the_host_has_is_refused_with_what_it_has() {
+        let error = allocate(1 << 30).unwrap_err().to_string();
+        assert!(error.starts_with("1073741824 MiB of memory cannot be had: this machine has "), "{error}");
+    }
+}

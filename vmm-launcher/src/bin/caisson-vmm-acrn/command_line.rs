@@ -1,0 +1,226 @@
+//! acrn-dm's command line (`acrn-dm --help`; devicemodel/core/main.c). Its values are split at commas and cannot be quoted.
+
+use std::path::Path;
+
+use caisson_protocol::vmm::{Block, Net, VmConfig};
+use caisson_vmm_launcher::{Error, Result, kernel, kernel::KernelFormat};
+
+use crate::options::Options;
+
+/// The console is the serial port, a panic ends the guest at once, and only a panic and what the agent says is worth it.
+const KERNEL_PARAMS: &str = "console=ttyS0 quiet panic=-1 random.trust_cpu=on";
+/// `STR_LEN` in include/sw_load.h, with its terminating zero.
+const MAX_KERNEL_PARAMS: usize = 1023;
+/// What `vm_parse_memsize` accepts.
+const MIN_MEMORY_MIB: u64 = 128;
+/// `MAXSLOTS` of a PCI bus, `PCI_SLOTMAX` + 1.
+const SLOTS: u8 = 32;
+/// Of `Options::disk_slots`.
+const MAX_DISK_SLOTS: u8 = 16;
+
+/// Grows until acrn-dm is started.
+#[derive(Debug)]
+pub struct CommandLine {
+    arguments: Vec<String>,
+    next_slot: u8,
+}
+
+impl CommandLine {
+    /// A machine without devices. `console` is a terminal.
+    pub fn new(vm: &VmConfig, options: &Options, console: &Path, monitor: &Path) -> Result<Self> {
+        check(vm, options)?;
+        let mut line = Self { arguments: Vec::new(), next_slot: 2 };
+        line.push("-m", format!("{}M", vm.memory_mib));
+        line.push("-s", "0:0,hostbridge");
+        line.push("-s", "1:0,lpc");
+        line.push("-l", format!("com1,{}", console.display()));
+        line.push("-k", &vm.kernel);
+        if !vm.initrd.is_empty() {
+            line.push("-r", &vm.initrd);
+        }
+        line.push("-B", kernel_params(vm));
+        line.push("--iasl", &options.iasl);
+        line.push("--cmd_monitor", monitor.display().to_string());
+        if !options.cpu_affinity.is_empty() {
+            let ids: Vec<_> = options.cpu_affinity.iter().take(vm.vcpus as usize).map(u32::to_string).collect();
+            line.push("--cpu_affinity", ids.join(","));
+        }
+        Ok(line)
+    }
+
+    /// Answers where the guest finds the disk.
+    pub fn block(&mut self, block: &Block) -> Result<String> {
+        let path = plain("disk", &block.path)?;
+        let read_only = if block.read_only { ",ro" } else { "" };
+        self.device(&format!("virtio-blk,{path}{read_only}")).map(address)
+    }
+
+    /// An empty disk, which `blkrescan` fills later; answers its slot.
+    pub fn empty_disk(&mut self) -> Result<u8> {
+        self.device("virtio-blk,nodisk")
+    }
+
+    pub fn net(&mut self, net: &Net) -> Result<()> {
+        self.device(&format!("virtio-net,tap={},mac={}", net.tap, net.mac)).map(drop)
+    }
+
+    pub fn vsock(&mut self, cid: u32) -> Result<()> {
+        self.device(&format!("vhost-vsock,cid={cid}")).map(drop)
+    }
+
+    pub fn rng(&mut self) -> Result<()> {
+        self.device("virtio-rnd").map(drop)
+    }
+
+    /// All of it; `name` comes last.
+    pub fn finish(mut self, options: &Options, name: String) -> Vec<String> {
+        self.arguments.extend(options.extra_args.iter().cloned());
+        self.arguments.push(name);
+        self.arguments
+    }
+
+    fn device(&mut self, device: &str) -> Result<u8> {
+        let slot = self.next_slot;
+        if slot == SLOTS {
+            return Err(Error::Invalid(format!("ACRN takes {} devices, and {device} is one more", SLOTS - 2)));
+        }
+        self.next_slot += 1;
+        self.push("-s", format!("{slot},{device}"));
+        Ok(slot)
+    }
+
+    fn push(&mut self, flag: &str, value: impl Into<String>) {
+        self.arguments.extend([flag.to_owned(), value.into()]);
+    }
+}
+
+/// Where the guest finds the device in `slot`.
+pub fn address(slot: u8) -> String {
+    format!("pci:0000:00:{slot:02x}.0")
+}
+
+/// `path`, if acrn-dm can be told of it.
+///
+/// # Errors
+/// When it contains a comma.
+pub fn plain<'a>(what: &str, path: &'a str) -> Result<&'a str> {
+    if path.contains(',') {
+        return Err(Error::Invalid(format!("the {what} {path} has a comma in its path, which ACRN cannot be told")));
+    }
+    Ok(path)
+}
+
+fn check(vm: &VmConfig, options: &Options) -> Result<()> {
+    if kernel::format(Path::new(&vm.kernel))? != KernelFormat::BzImage {
+        return Err(Error::Invalid(format!("the guest kernel {} is a vmlinux; ACRN boots a bzImage", vm.kernel)));
+    }
+    if vm.memory_mib < MIN_MEMORY_MIB {
+        return Err(Error::Invalid(format!(
+            "{} MiB of memory are too little for ACRN: at least {MIN_MEMORY_MIB}",
+            vm.memory_mib
+        )));
+    }
+    let params = kernel_params(vm);
+    if params.len() > MAX_KERNEL_PARAMS {
+        return Err(Error::Invalid(format!(
+            "the kernel command line has {} bytes, and ACRN takes {MAX_KERNEL_PARAMS}: shorten kernel_params",
+            params.len()
+        )));
+    }
+    if !options.cpu_affinity.is_empty() && options.cpu_affinity.len() < vm.vcpus as usize {
+        return Err(Error::Invalid(format!(
+            "cpu_affinity names {} processors for {} vCPUs: name one for each",
+            options.cpu_affinity.len(),
+            vm.vcpus
+        )));
+    }
+    if options.disk_slots > MAX_DISK_SLOTS {
+        return Err(Error::Invalid(format!(
+            "disk_slots {} is out of range: 0 to {MAX_DISK_SLOTS}",
+            options.disk_slots
+        )));
+    }
+    Ok(())
+}
+
+fn kernel_params(vm: &VmConfig) -> String {
+    let root = if vm.image.is_empty() { "" } else { " root=/dev/vda ro" };
+    format!("{KERNEL_PARAMS}{root} {}", vm.kernel_params).trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bzimage() -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut image = vec![0; 0x202];
+        image.extend_from_slice(b"HdrS");
+        std::fs::write(file.path(), image).unwrap();
+        file
+    }
+
+    fn line(change: impl FnOnce(&mut VmConfig, &mut Options)) -> Result<CommandLine> {
+        let kernel = bzimage();
+        let kernel = kernel.path().display().to_string();
+        let mut vm = VmConfig { kernel, vcpus: 1, memory_mib: 256, ..Default::default() };
+        let mut options = Options::default();
+        change(&mut vm, &mut options);
+        CommandLine::new(&vm, &options, Path::new("/dev/pts/7"), Path::new("/run/m.sock"))
+    }
+
+    fn refusal(change: impl FnOnce(&mut VmConfig, &mut Options)) -> String {
+        line(change).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn devices_get_slots_after_the_bridges() {
+        let mut line = line(|_, _| {}).unwrap();
+        let disk = Block { path: "/d".into(), read_only: true, ..Default::default() };
+        assert_eq!(line.block(&disk).unwrap(), "pci:0000:00:02.0");
+        assert_eq!(line.empty_disk().unwrap(), 3);
+        assert!(line.arguments.ends_with(&["-s".into(), "3,virtio-blk,nodisk".into()]));
+    }
+
+    #[test]
+    fn the_name_is_the_last_argument() {
+        let options = Options { extra_args: vec!["--rtvm".into()], ..Default::default() };
+        let arguments = line(|_, _| {}).unwrap().finish(&options, "caisson-1".into());
+        assert!(arguments.ends_with(&["--rtvm".into(), "caisson-1".into()]));
+    }
+
+    #[test]
+    fn a_path_with_a_comma_is_refused() {
+        let disk = Block { path: "/a,ro".into(), ..Default::default() };
+        let error = line(|_, _| {}).unwrap().block(&disk).unwrap_err().to_string();
+        assert!(error.starts_with("the disk /a,ro has a comma"), "{error}");
+    }
+
+    #[test]
+    fn a_vmlinux_is_refused() {
+        let elf = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(elf.path(), b"\x7fELF").unwrap();
+        let error = refusal(|vm, _| vm.kernel = elf.path().display().to_string());
+        assert!(error.ends_with("is a vmlinux; ACRN boots a bzImage"), "{error}");
+    }
+
+    #[test]
+    fn too_little_memory_is_refused() {
+        assert_eq!(refusal(|vm, _| vm.memory_mib = 64), "64 MiB of memory are too little for ACRN: at least 128");
+    }
+
+    #[test]
+    fn a_command_line_that_would_be_cut_off_is_refused() {
+        let error = refusal(|vm, _| vm.kernel_params = "x".repeat(1000));
+        assert!(error.ends_with("and ACRN takes 1023: shorten kernel_params"), "{error}");
+    }
+
+    #[test]
+    fn each_vcpu_needs_its_processor() {
+        let error = refusal(|vm, options| {
+            vm.vcpus = 2;
+            options.cpu_affinity = vec![4];
+        });
+        assert_eq!(error, "cpu_affinity names 1 processors for 2 vCPUs: name one for each");
+    }
+}

@@ -1,0 +1,63 @@
+//! ACRN's own options.
+
+use caisson_vmm_launcher::options::OptionDoc;
+use serde::{Deserialize, Serialize};
+
+/// The `[hypervisor.acrn]` table's own keys.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    pub iasl: String,
+    pub cpu_affinity: Vec<u32>,
+    pub disk_slots: u8,
+    pub extra_args: Vec<String>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { iasl: "/usr/bin/iasl".into(), cpu_affinity: Vec::new(), disk_slots: 4, extra_args: Vec::new() }
+    }
+}
+
+/// The same keys for people.
+pub const DOCS: &[OptionDoc] = &[
+    OptionDoc {
+        key: "iasl",
+        kind: "program",
+        accepted: &[],
+        doc: "The ACPI compiler, which acrn-dm runs for every guest; Debian has it in acpica-tools.",
+    },
+    OptionDoc {
+        key: "cpu_affinity",
+        kind: "array",
+        accepted: &[],
+        doc: "The local APIC ids of the processors that guests run on, one for each vCPU; none leaves it to ACRN's scenario.",
+    },
+    OptionDoc {
+        key: "disk_slots",
+        kind: "integer",
+        accepted: &["0", "16"],
+        doc: "How many empty disks a guest starts with; each takes one disk while the guest runs.",
+    },
+    OptionDoc {
+        key: "extra_args",
+        kind: "array",
+        accepted: &[],
+        doc: "Arguments that are added to acrn-dm's command line as they are.",
+    },
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_keys_are_the_keys_that_are_read() {
+        let read = serde_json::to_value(Options::default()).unwrap();
+        let mut read: Vec<_> = read.as_object().unwrap().keys().map(String::as_str).collect();
+        let mut documented: Vec<_> = DOCS.iter().map(|doc| doc.key).collect();
+        read.sort_unstable();
+        documented.sort_unstable();
+        assert_eq!(documented, read);
+    }
+}

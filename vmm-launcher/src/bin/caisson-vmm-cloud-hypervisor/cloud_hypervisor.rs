@@ -1,0 +1,385 @@
+//! One Cloud Hypervisor process with its VM.
+
+use std::{
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::net::UnixStream as StdUnixStream,
+    },
+    path::Path,
+    process::Stdio,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use caisson_protocol::vmm::{
+    CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeMemoryRequest, ResizeVcpusRequest,
+    RestoreRequest, SnapshotRequest, VmConfig, WaitResponse, device::Kind,
+};
+use caisson_vmm_launcher::{
+    Error, Result,
+    console::{self, Audience, Console},
+    http_api::{DEADLINE, HttpApi},
+    hypervisor::{Created, Hypervisor},
+    jail::{self, Jail},
+    kernel, kvm, metrics,
+    options::{describe, parse},
+    process::{Ended, Process, Streams},
+    request,
+    virtiofsd::{Virtiofsd, any_failed, connected_listener},
+    vm::exit,
+};
+use hyper::Method;
+use serde_json::{Value, json};
+use tokio::{net::UnixStream, time::timeout};
+use tracing::{debug, info};
+
+use crate::{
+    configuration::{self, Configuration},
+    events::Events,
+    hotplug::Attached,
+    layout::{RunDir, SERIAL, SNAPSHOT},
+    options::{DOCS, Landlock, Options},
+    version,
+};
+
+/// Cloud Hypervisor is ready in some milliseconds, unless the host is very busy.
+const START_DEADLINE: Duration = Duration::from_secs(30);
+/// A guest with much memory takes its time.
+const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+/// The guest's memory is written to a disk, or read.
+const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(300);
+/// How much later than it refuses something Cloud Hypervisor may end because of that.
+const END_AFTER_REFUSAL: Duration = Duration::from_millis(100);
+/// A file server ends when Cloud Hypervisor closes its connection, and that is shortly before it has quite ended.
+const HELPER_AFTER_HYPERVISOR: Duration = Duration::from_secs(1);
+/// `MAX_SUPPORTED_CPUS_LEGACY`, what local interrupt controllers without x2APIC can have.
+const MAX_VCPUS: u32 = 254;
+/// The rights that Cloud Hypervisor asks for came with Linux 6.2.
+const LANDLOCK_VERSION: u32 = 3;
+
+/// A running Cloud Hypervisor.
+pub struct CloudHypervisor {
+    process: Process,
+    api: HttpApi,
+    events: Events,
+    console: Console,
+    attached: Attached,
+    file_servers: Mutex<Vec<Virtiofsd>>,
+    run_dir: RunDir,
+    size: Mutex<Size>,
+}
+
+/// What the guest has now.
+#[derive(Clone, Copy, Debug)]
+struct Size {
+    memory_mib: u64,
+    vcpus: u32,
+}
+
+impl Hypervisor for CloudHypervisor {
+    const NAME: &'static str = "cloud-hypervisor";
+    const DEFAULT_PATH: &'static str = "/usr/bin/cloud-hypervisor";
+
+    fn options() -> Value {
+        describe::<Options>(DOCS)
+    }
+
+    async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
+        let version = version::of(path).await?;
+        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        let mut able = CapabilitiesResponse {
+            version,
+            devices: words(&["block", "net", "vsock", "fs", "pmem", "balloon", "rng", "console"]),
+            hotplug: words(&["block", "net", "fs", "pmem"]),
+            operations: words(&["pause", "snapshot", "resize-vcpus", "resize-memory"]),
+            ..Default::default()
+        };
+        able.missing.insert("vfio".into(), "the launcher's jail shows no devices of the host yet".into());
+        able.missing.insert("tdx".into(), "Cloud Hypervisor has given it up".into());
+        able.missing.insert("sev-snp".into(), "the launcher gives the guest no measured image yet".into());
+        match kvm::probe_aside().await {
+            Ok(()) => (able.accelerator, able.accelerator_reason) = ("kvm".into(), "/dev/kvm runs guests".into()),
+            Err(why) => able.accelerator_reason = format!("Cloud Hypervisor needs KVM: {why}"),
+        }
+        Ok(able)
+    }
+
+    async fn create(request: &CreateRequest, audience: Audience) -> Result<Created<Self>> {
+        let vm = request::check(request, MAX_VCPUS)?;
+        let options: Options = parse(&request.options)?;
+        kernel::format(Path::new(&vm.kernel))?;
+        let run_dir = Path::new(&request.run_dir);
+        let landlock = uses_landlock(options.landlock)?;
+        let configuration = Configuration::of(vm, &options, landlock, run_dir)?;
+        let started = start(run_dir, vm, &options, Jail::default()).await?;
+        let body = Some(&configuration.body);
+        let created = started.api.request(Method::PUT, "/api/v1/vm.create", body, DEADLINE).await;
+        started.into_created(created, vm, configuration.devices, audience).await
+    }
+
+    async fn restore(request: &RestoreRequest, audience: Audience) -> Result<Created<Self>> {
+        let as_new = CreateRequest {
+            run_dir: request.run_dir.clone(),
+            vm: request.vm.clone(),
+            options: request.options.clone(),
+            ..Default::default()
+        };
+        let vm = request::check(&as_new, MAX_VCPUS)?;
+        let options: Options = parse(&request.options)?;
+        let run_dir = Path::new(&request.run_dir);
+        let devices = Configuration::of(vm, &options, false, run_dir)?.devices;
+        let mut jail = Jail::default();
+        jail.show(&request.directory, SNAPSHOT, false);
+        let started = start(run_dir, vm, &options, jail).await?;
+        let body = json!({ "source_url": format!("file://{SNAPSHOT}") });
+        let restored = started.api.request(Method::PUT, "/api/v1/vm.restore", Some(&body), SNAPSHOT_DEADLINE).await;
+        started.into_created(restored, vm, devices, audience).await
+    }
+
+    async fn boot(&self) -> Result<()> {
+        self.api.request(Method::PUT, "/api/v1/vm.boot", None, BOOT_DEADLINE).await.map(drop)
+    }
+
+    async fn power_off(&self) -> Result<()> {
+        self.api.act("/api/v1/vm.power-button").await.map(drop)
+    }
+
+    async fn pause(&self) -> Result<()> {
+        self.api.act("/api/v1/vm.pause").await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<()> {
+        self.api.act("/api/v1/vm.resume").await.map(drop)
+    }
+
+    async fn attach(&self, device: &Device) -> Result<GuestDevice> {
+        self.attached.attach(device, self.process.pid(), &self.run_dir, &self.api).await
+    }
+
+    async fn detach(&self, id: &str) -> Result<()> {
+        self.attached.detach(id, self.process.pid(), &self.api, self.events.subscribe()).await
+    }
+
+    async fn snapshot(&self, request: &SnapshotRequest) -> Result<()> {
+        let pid = self.process.pid();
+        jail::show(pid, Path::new(&request.directory), Path::new(SNAPSHOT), true).await?;
+        let body = json!({ "destination_url": format!("file://{SNAPSHOT}") });
+        let made = self.api.request(Method::PUT, "/api/v1/vm.snapshot", Some(&body), SNAPSHOT_DEADLINE).await;
+        let hidden = jail::hide(pid, Path::new(SNAPSHOT)).await;
+        made.and(hidden)
+    }
+
+    async fn resize_vcpus(&self, request: &ResizeVcpusRequest) -> Result<u32> {
+        self.api.put("/api/v1/vm.resize", &json!({ "desired_vcpus": request.vcpus })).await?;
+        self.size.lock().expect("nobody panics with the size").vcpus = request.vcpus;
+        Ok(request.vcpus)
+    }
+
+    async fn resize_memory(&self, request: &ResizeMemoryRequest) -> Result<u64> {
+        self.api.put("/api/v1/vm.resize", &json!({ "desired_ram": request.memory_mib << 20 })).await?;
+        self.size.lock().expect("nobody panics with the size").memory_mib = request.memory_mib;
+        Ok(request.memory_mib)
+    }
+
+    fn kill(&self) {
+        self.process.kill();
+    }
+
+    async fn ended(&self) -> WaitResponse {
+        let file_servers = std::mem::take(&mut *self.file_servers.lock().expect("nobody panics with the servers"));
+        let (ended, helper) = tokio::select! {
+            ended = self.process.ended() => (ended, None),
+            () = self.events.rebooting() => {
+                self.process.kill();
+                (self.process.ended().await, None)
+            }
+            // It ends when Cloud Hypervisor does, and may be heard of first. Without that one's end, a guest whose file
+            // system is gone hangs.
+            helper = any_failed(&file_servers) => match timeout(HELPER_AFTER_HYPERVISOR, self.process.ended()).await {
+                Ok(ended) => (ended, None),
+                Err(_) => {
+                    self.process.kill();
+                    (self.process.ended().await, Some(helper))
+                }
+            }
+        };
+        self.console.drained().await;
+        for file_server in file_servers {
+            file_server.end().await;
+        }
+        self.attached.forget();
+        self.run_dir.remove();
+        let (reason, detail) = match helper {
+            Some(helper) => (ExitReason::HYPERVISOR_FAILED, helper),
+            None => self.explain(&ended),
+        };
+        WaitResponse { console_tail: self.console.tail(), ..exit(reason, detail) }
+    }
+
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    fn console(&self) -> &Console {
+        &self.console
+    }
+
+    async fn metrics(&self) -> Result<String> {
+        let size = *self.size.lock().expect("nobody panics with the size");
+        let mut metrics = metrics::Metrics::default();
+        metrics.number(metrics::MEMORY, size.memory_mib << 20);
+        metrics.number(metrics::VCPUS, size.vcpus.into());
+        // Before the boot there is nothing to count, and it says so by refusing.
+        let counters = self.api.get("/api/v1/vm.counters").await.unwrap_or_default();
+        for (key, family) in [
+            ("read_bytes", metrics::BLOCK_READ),
+            ("write_bytes", metrics::BLOCK_WRITTEN),
+            ("rx_bytes", metrics::NET_RECEIVED),
+            ("tx_bytes", metrics::NET_SENT),
+        ] {
+            let devices = counters.as_object().into_iter().flatten();
+            metrics.by_label(family, "device", devices.filter_map(|(id, one)| Some((id.as_str(), one[key].as_u64()?))));
+        }
+        Ok(metrics.text())
+    }
+}
+
+/// A Cloud Hypervisor without a VM.
+struct Started {
+    process: Process,
+    api: HttpApi,
+    events: Events,
+    file_servers: Vec<Virtiofsd>,
+    run_dir: RunDir,
+}
+
+/// Starts Cloud Hypervisor in `jail` until its API answers, and its file servers. When this fails or is given up, they
+/// have ended.
+async fn start(run_dir: &Path, vm: &VmConfig, options: &Options, mut jail: Jail) -> Result<Started> {
+    let started = Instant::now();
+    kvm::require("Cloud Hypervisor").await?;
+    configuration::show(vm, run_dir, &mut jail);
+    let run_dir = RunDir::new(run_dir);
+    let mut file_servers = Vec::new();
+    for device in &vm.devices {
+        if let Some(Kind::Fs(fs)) = &device.kind {
+            file_servers.push(Virtiofsd::listen(fs, &run_dir.fs_socket(&device.id))?);
+        }
+    }
+    let (listener, connection) = connected_listener(&run_dir.path("api.sock"))?;
+    let listener = OwnedFd::from(listener);
+    let connection = StdUnixStream::from(connection);
+    let stream = connection.set_nonblocking(true).and_then(|()| UnixStream::from_std(connection));
+    let stream = stream.map_err(Error::host("use a socket of this program itself"))?;
+    let (events, monitor) = Events::pair().map_err(Error::host("make a socket pair for events"))?;
+    let descriptor = |option: &str, fd: &OwnedFd| [option.to_owned(), format!("fd={}", fd.as_raw_fd())];
+    let mut arguments = descriptor("--api-socket", &listener).to_vec();
+    arguments.extend(descriptor("--event-monitor", &monitor));
+    arguments.extend(options.extra_args.iter().cloned());
+
+    debug!(?arguments, "starting Cloud Hypervisor");
+    let streams = Streams { stdin: Stdio::null(), stdout: Stdio::null() };
+    let program = Path::new(&vm.hypervisor_path);
+    let process = jail.start(program, &arguments, vec![listener, monitor], streams)?;
+    let api = HttpApi::over("Cloud Hypervisor", stream).await?;
+    let started_up = Started { process, api, events, file_servers, run_dir };
+    let answered = tokio::select! {
+        // What ended explains why nothing answers.
+        biased;
+        helper = any_failed(&started_up.file_servers) => Err(Error::Hypervisor(helper)),
+        ended = started_up.process.ended() => {
+            let ended = started_up.process.describe(&ended);
+            Err(Error::Hypervisor(format!("Cloud Hypervisor did not start: {ended}")))
+        }
+        answered = started_up.api.request(Method::GET, "/api/v1/vmm.ping", None, START_DEADLINE) => answered,
+    };
+    match answered {
+        Ok(ping) => {
+            info!(start = ?started.elapsed(), version = %ping["version"], "Cloud Hypervisor started");
+            Ok(started_up)
+        }
+        Err(error) => Err(started_up.end(error).await),
+    }
+}
+
+impl Started {
+    /// A VM, unless Cloud Hypervisor refused it; then everything ends first.
+    async fn into_created(
+        self,
+        done: Result<Value>,
+        vm: &VmConfig,
+        devices: Vec<GuestDevice>,
+        audience: Audience,
+    ) -> Result<Created<CloudHypervisor>> {
+        // A file server that dies explains a VM that could not be.
+        if let Err(refusal) = done {
+            return Err(self.end(refusal).await);
+        }
+        let console = UnixStream::connect(self.run_dir.path(SERIAL))
+            .await
+            .map_err(Error::host("connect to the guest's serial port"))
+            .and_then(|connection| Console::over(connection, console::log_of(&vm.devices), audience));
+        let console = match console {
+            Ok(console) => console,
+            Err(error) => return Err(self.end(error).await),
+        };
+        let Self { process, api, events, file_servers, run_dir } = self;
+        let hypervisor = CloudHypervisor {
+            process,
+            api,
+            events,
+            console,
+            attached: Attached::default(),
+            file_servers: Mutex::new(file_servers),
+            run_dir,
+            size: Mutex::new(Size { memory_mib: vm.memory_mib, vcpus: vm.vcpus }),
+        };
+        Ok(Created { hypervisor, devices })
+    }
+
+    /// Answers with `why`, and with Cloud Hypervisor's last words when it has ended by itself.
+    async fn end(self, why: Error) -> Error {
+        let ended = timeout(END_AFTER_REFUSAL, self.process.ended()).await;
+        self.process.kill();
+        self.process.ended().await;
+        for file_server in self.file_servers {
+            file_server.end().await;
+        }
+        match ended {
+            Ok(ended) if !ended.stderr.is_empty() && !why.to_string().contains(&ended.stderr) => {
+                Error::Hypervisor(format!("{why}: {}", self.process.describe(&ended)))
+            }
+            _ => why,
+        }
+    }
+}
+
+impl CloudHypervisor {
+    fn explain(&self, ended: &Ended) -> (ExitReason, String) {
+        if let Some(words) = self.console.panic() {
+            return (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}"));
+        }
+        if self.events.has_rebooted() {
+            return (ExitReason::GUEST_SHUTDOWN, "the guest rebooted, which ends its VM".into());
+        }
+        if ended.status.success() {
+            return (ExitReason::GUEST_SHUTDOWN, "the guest powered off".into());
+        }
+        (ExitReason::HYPERVISOR_FAILED, self.process.describe(ended))
+    }
+}
+
+/// # Errors
+/// When it is demanded and the host has none.
+fn uses_landlock(wish: Landlock) -> Result<bool> {
+    let version = jail::landlock_version();
+    match wish {
+        Landlock::Off => Ok(false),
+        Landlock::Auto => Ok(version >= LANDLOCK_VERSION),
+        Landlock::On if version >= LANDLOCK_VERSION => Ok(true),
+        Landlock::On => Err(Error::Invalid(format!(
+            "landlock = \"on\" cannot be had on this machine: the kernel's Landlock has version {version} and Cloud \
+             Hypervisor needs {LANDLOCK_VERSION}, Linux 6.2; \"auto\" does without"
+        ))),
+    }
+}

@@ -1,0 +1,116 @@
+//! What happens to the VM, as Cloud Hypervisor tells it: JSON objects with an empty line after each, `docs/api.md` of
+//! Cloud Hypervisor. They are bounded, because it runs beside a hostile guest.
+
+use std::{
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+};
+
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt, BufReader},
+    net::UnixStream,
+    sync::{broadcast, watch},
+};
+use tracing::debug;
+
+/// Events that a slow listener may miss.
+const EVENTS: usize = 64;
+/// An event has some hundred bytes.
+const MAX_EVENT: usize = 1 << 16;
+
+/// The events of one Cloud Hypervisor.
+#[derive(Debug)]
+pub struct Events {
+    events: broadcast::Sender<Value>,
+    reboot: watch::Receiver<bool>,
+}
+
+impl Events {
+    /// A listener, and the descriptor for `--event-monitor`.
+    ///
+    /// # Errors
+    /// When the host makes no socket pair.
+    pub fn pair() -> io::Result<(Self, OwnedFd)> {
+        let (near, far) = StdUnixStream::pair()?;
+        near.set_nonblocking(true)?;
+        let events = broadcast::Sender::new(EVENTS);
+        let (tell_reboot, reboot) = watch::channel(false);
+        tokio::spawn(read(UnixStream::from_std(near)?, events.clone(), tell_reboot));
+        Ok((Self { events, reboot }, far.into()))
+    }
+
+    /// Answers when the guest reboots. Cloud Hypervisor would start it again.
+    pub async fn rebooting(&self) {
+        let mut reboot = self.reboot.clone();
+        if reboot.wait_for(|reboot| *reboot).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// Whether the guest has rebooted.
+    pub fn has_rebooted(&self) -> bool {
+        *self.reboot.borrow()
+    }
+
+    /// Events from now on.
+    pub fn subscribe(&self) -> broadcast::Receiver<Value> {
+        self.events.subscribe()
+    }
+}
+
+/// Whether `event` is `name` of `source`.
+pub fn is(event: &Value, source: &str, name: &str) -> bool {
+    event["source"] == source && event["event"] == name
+}
+
+async fn read(stream: UnixStream, events: broadcast::Sender<Value>, reboot: watch::Sender<bool>) {
+    let mut stream = BufReader::new(stream);
+    let mut text = Vec::new();
+    let mut buffer = [0; 1024];
+    while let Ok(count @ 1..) = stream.read(&mut buffer).await {
+        text.extend_from_slice(&buffer[..count]);
+        while let Some(end) = text.windows(2).position(|pair| pair == b"\n\n") {
+            let event: Vec<u8> = text.drain(..end + 2).collect();
+            let Ok(event) = serde_json::from_slice::<Value>(&event) else { continue };
+            debug!(%event, "Cloud Hypervisor event");
+            if is(&event, "vm", "rebooting") {
+                reboot.send_replace(true);
+            }
+            let _ = events.send(event);
+        }
+        if text.len() > MAX_EVENT {
+            debug!("Cloud Hypervisor sends something else than events");
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_event_that_comes_in_pieces_is_one() {
+        let (events, far) = Events::pair().unwrap();
+        let mut listener = events.subscribe();
+        let mut far = StdUnixStream::from(far);
+        far.write_all(b"{\n  \"source\": \"vm\",\n  \"event\": \"boo").unwrap();
+        far.write_all(b"ted\"\n}\n\n{\"source\": \"vm\", \"event\": \"rebooting\"}\n\n").unwrap();
+        assert!(is(&listener.recv().await.unwrap(), "vm", "booted"));
+        events.rebooting().await;
+        assert!(events.has_rebooted());
+    }
+
+    #[tokio::test]
+    async fn what_is_no_event_is_passed_over() {
+        let (events, far) = Events::pair().unwrap();
+        let mut listener = events.subscribe();
+        let mut far = StdUnixStream::from(far);
+        far.write_all(b"]]]\n\n\n\n{\"source\": \"vm\", \"event\": \"booted\"}\n\n").unwrap();
+        assert!(is(&listener.recv().await.unwrap(), "vm", "booted"));
+        assert!(!events.has_rebooted());
+    }
+}

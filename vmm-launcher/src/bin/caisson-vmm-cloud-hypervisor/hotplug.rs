@@ -1,0 +1,131 @@
+//! Devices that come and go while the VM runs. It keeps no state of the VM; what it remembers is what each device has on
+//! the host's side.
+
+use std::{collections::HashMap, path::Path, sync::Mutex, time::Duration};
+
+use caisson_protocol::vmm::{Device, GuestDevice, device::Kind};
+use caisson_vmm_launcher::{Error, Result, http_api::HttpApi, jail, virtiofsd::Virtiofsd};
+use serde_json::json;
+use tokio::{
+    sync::broadcast::{Receiver, error::RecvError},
+    time::timeout,
+};
+
+use crate::{
+    configuration::{self, hotpluggable},
+    events,
+    layout::{self, RunDir},
+};
+
+/// A guest without a working driver never lets go of a device.
+const DETACH_DEADLINE: Duration = Duration::from_secs(20);
+
+/// The attached devices of one VM.
+#[derive(Debug, Default)]
+pub struct Attached(Mutex<HashMap<String, HostSide>>);
+
+/// What a device has on the host's side, from before it is attached until after it was detached.
+#[derive(Debug, Default)]
+struct HostSide {
+    /// Where Cloud Hypervisor sees its file.
+    shown: Option<String>,
+    file_server: Option<Virtiofsd>,
+}
+
+impl Attached {
+    /// Adds `device` to the VM that is process `jailed`, and answers where the guest finds it.
+    pub async fn attach(&self, device: &Device, jailed: u32, run_dir: &RunDir, api: &HttpApi) -> Result<GuestDevice> {
+        let (list, body) = hotpluggable(device)?;
+        if self.lock().contains_key(&device.id) {
+            return Err(Error::Invalid(format!("a device is attached as \"{}\" already", device.id)));
+        }
+        let host_side = HostSide::make(device, jailed, run_dir).await?;
+        let path = match list {
+            "disks" => "/api/v1/vm.add-disk".to_owned(),
+            list => format!("/api/v1/vm.add-{list}"),
+        };
+        if let Err(refusal) = api.put(&path, &body).await {
+            host_side.end(jailed).await?;
+            return Err(refusal);
+        }
+        self.lock().insert(device.id.clone(), host_side);
+        let address = configuration::address(device, &run_dir.path(""))?;
+        Ok(GuestDevice { id: device.id.clone(), address, ..Default::default() })
+    }
+
+    /// Takes the device away that was attached as `id`, once the guest has let go of it.
+    pub async fn detach(
+        &self,
+        id: &str,
+        jailed: u32,
+        api: &HttpApi,
+        mut events: Receiver<serde_json::Value>,
+    ) -> Result<()> {
+        if !self.lock().contains_key(id) {
+            return Err(Error::Invalid(format!(
+                "no device was attached as \"{}\" while the VM ran",
+                id.escape_debug()
+            )));
+        }
+        api.put("/api/v1/vm.remove-device", &json!({ "id": id })).await?;
+        let gone = async {
+            loop {
+                match events.recv().await {
+                    Ok(event) if events::is(&event, "vm", "device-removed") && event["properties"]["id"] == id => {
+                        return true;
+                    }
+                    Ok(_) | Err(RecvError::Lagged(_)) => {}
+                    Err(RecvError::Closed) => return false,
+                }
+            }
+        };
+        match timeout(DETACH_DEADLINE, gone).await {
+            Ok(true) => {}
+            Ok(false) => return Err(Error::Hypervisor("Cloud Hypervisor has ended".into())),
+            Err(_) => {
+                let seconds = DETACH_DEADLINE.as_secs();
+                return Err(Error::Hypervisor(format!(
+                    "the guest did not let go of device \"{id}\" within {seconds} s"
+                )));
+            }
+        }
+        let host_side = self.lock().remove(id);
+        host_side.unwrap_or_default().end(jailed).await
+    }
+
+    /// The VM has ended: nothing is left to take away from it.
+    pub fn forget(&self) {
+        self.lock().clear();
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, HostSide>> {
+        self.0.lock().expect("nobody panics with the devices")
+    }
+}
+
+impl HostSide {
+    async fn make(device: &Device, jailed: u32, run_dir: &RunDir) -> Result<Self> {
+        let (path, writable) = match &device.kind {
+            Some(Kind::Block(block)) => (&block.path, !block.read_only),
+            Some(Kind::Pmem(pmem)) => (&pmem.path, !pmem.read_only),
+            Some(Kind::Fs(fs)) => {
+                let file_server = Virtiofsd::listen(fs, &run_dir.fs_socket(&device.id))?;
+                return Ok(Self { file_server: Some(file_server), ..Self::default() });
+            }
+            _ => return Ok(Self::default()),
+        };
+        let inside = layout::disk(&device.id);
+        jail::show(jailed, Path::new(path), Path::new(&inside), writable).await?;
+        Ok(Self { shown: Some(inside), ..Self::default() })
+    }
+
+    async fn end(self, jailed: u32) -> Result<()> {
+        if let Some(file_server) = self.file_server {
+            file_server.end().await;
+        }
+        match self.shown {
+            Some(inside) => jail::hide(jailed, Path::new(&inside)).await,
+            None => Ok(()),
+        }
+    }
+}

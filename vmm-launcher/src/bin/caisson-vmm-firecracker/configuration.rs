@@ -1,0 +1,313 @@
+//! What Firecracker is told before it starts the guest, and what of the host it gets to see.
+
+use std::{fs, os::unix::fs::MetadataExt, path::Path};
+
+use caisson_protocol::{
+    address::HYBRID_CID,
+    vmm::{Block, Device, GuestDevice, VmConfig, device::Kind},
+};
+use caisson_vmm_launcher::{Error, Result, jail::Jail, request};
+use serde_json::{Value, json};
+
+use crate::{
+    disks,
+    layout::{self, IMAGE, INITRD, KERNEL, VSOCK},
+    options::Options,
+};
+
+/// For every guest: the console is the serial port and there is no other to look for, a panic and the end of the guest
+/// reset it by the keyboard controller, which is Firecracker's way to end (it has no power switch), only a panic and what
+/// the agent says is worth a slow serial port.
+const ALWAYS: &str = "console=ttyS0 quiet panic=-1 reboot=k caisson.end=reboot random.trust_cpu=on 8250.nr_uarts=1 \
+                      cryptomgr.notests i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
+/// Memory that is added while the guest runs is used at once, and can be taken away again.
+const ONLINE: &str = "memhp_default_state=online_movable";
+/// What memory is added by, in MiB.
+pub const MEMORY_SLOT_MIB: u64 = 128;
+/// Firecracker asks the kernel for random numbers.
+const ENTROPY: [&str; 2] = ["/dev/urandom", "/dev/random"];
+
+/// A VM as calls of Firecracker's API.
+#[derive(Debug, Default)]
+pub struct Configuration {
+    /// `PUT path body`, in this order.
+    pub calls: Vec<(String, Value)>,
+    /// In the request's order.
+    pub devices: Vec<GuestDevice>,
+}
+
+impl Configuration {
+    /// Everything that `vm` has; `run_dir` is where its sockets are on the host.
+    ///
+    /// # Errors
+    /// When Firecracker has no such device.
+    pub fn of(vm: &VmConfig, options: &Options, run_dir: &Path) -> Result<Self> {
+        let mut configuration = Self::default();
+        let machine = json!({ "vcpu_count": vm.vcpus, "mem_size_mib": vm.memory_mib });
+        configuration.call("/machine-config", machine);
+        if let Some(more) = memory_to_add(vm) {
+            configuration.call("/hotplug/memory", json!({ "total_size_mib": more, "slot_size_mib": MEMORY_SLOT_MIB }));
+        }
+        let mut boot = json!({ "kernel_image_path": KERNEL, "boot_args": kernel_params(vm, options) });
+        if !vm.initrd.is_empty() {
+            boot["initrd_path"] = INITRD.into();
+        }
+        configuration.call("/boot-source", boot);
+        if !vm.image.is_empty() {
+            configuration.drive("image", IMAGE, true);
+        }
+        for device in &vm.devices {
+            let address = configuration.device(device, run_dir)?;
+            configuration.devices.push(GuestDevice { id: device.id.clone(), address, ..Default::default() });
+        }
+        for spare in disks::spares(options) {
+            configuration.drive(&spare.id, &layout::in_run(layout::EMPTY), !spare.writable);
+        }
+        Ok(configuration)
+    }
+
+    fn device(&mut self, device: &Device, run_dir: &Path) -> Result<String> {
+        let id = device.id.as_str();
+        match request::kind(device)? {
+            Kind::Block(block) => {
+                self.drive(id, &layout::disk(id), block.read_only);
+                return serial(block);
+            }
+            Kind::Net(net) => {
+                if net.queue_pairs > 1 {
+                    return Err(Error::Unsupported(format!(
+                        "network device \"{id}\" cannot have {} queue pairs: Firecracker's have one",
+                        net.queue_pairs
+                    )));
+                }
+                let body = json!({ "iface_id": iface(id), "host_dev_name": net.tap, "guest_mac": net.mac });
+                self.call(&format!("/network-interfaces/{}", iface(id)), body);
+            }
+            Kind::Vsock(_) => {
+                // Not where the request has it, but in the one directory of the host that Firecracker can write to.
+                self.call("/vsock", json!({ "guest_cid": HYBRID_CID, "uds_path": layout::in_run(VSOCK) }));
+                return Ok(format!("hvsock:{}", run_dir.join(VSOCK).display()));
+            }
+            Kind::Pmem(pmem) => {
+                let body = json!({ "id": iface(id), "path_on_host": layout::disk(id), "read_only": pmem.read_only });
+                self.call(&format!("/pmem/{}", iface(id)), body);
+            }
+            Kind::Balloon(balloon) => {
+                let mut body = json!({ "amount_mib": 0, "deflate_on_oom": true });
+                // Unknown before 1.14.
+                if balloon.free_page_reporting {
+                    body["free_page_reporting"] = true.into();
+                }
+                self.call("/balloon", body);
+            }
+            Kind::Rng(rng) if ENTROPY.contains(&rng.source.as_str()) => self.call("/entropy", json!({})),
+            Kind::Rng(rng) => {
+                return Err(Error::Unsupported(format!(
+                    "{} cannot be the source of entropy: Firecracker's is {}",
+                    rng.source, ENTROPY[0]
+                )));
+            }
+            // The serial port, which every guest has.
+            Kind::Console(_) => {}
+            other => {
+                let kind = request::kind_name(other);
+                return Err(Error::Unsupported(format!("Firecracker has no {kind} device")));
+            }
+        }
+        Ok(String::new())
+    }
+
+    fn drive(&mut self, id: &str, path: &str, read_only: bool) {
+        let id = iface(id);
+        let body = json!({ "drive_id": id, "path_on_host": path, "is_root_device": false, "is_read_only": read_only });
+        self.call(&format!("/drives/{id}"), body);
+    }
+
+    fn call(&mut self, path: &str, body: Value) {
+        self.calls.push((path.to_owned(), body));
+    }
+}
+
+/// A device's id as Firecracker takes it, letters, digits and `_`.
+pub fn iface(id: &str) -> String {
+    id.replace('-', "_")
+}
+
+/// Shows `vm`'s own files to Firecracker.
+pub fn show(vm: &VmConfig, run_dir: &Path, jail: &mut Jail) {
+    jail.show(run_dir, layout::RUN, true);
+    jail.show("/dev/kvm", "/dev/kvm", true);
+    jail.show(&vm.kernel, KERNEL, false);
+    for (path, inside) in [(&vm.initrd, INITRD), (&vm.image, IMAGE)] {
+        if !path.is_empty() {
+            jail.show(path, inside, false);
+        }
+    }
+    let has_net = vm.devices.iter().any(|device| matches!(device.kind, Some(Kind::Net(_))));
+    if has_net {
+        jail.show("/dev/net/tun", "/dev/net/tun", true);
+    }
+    for device in &vm.devices {
+        match &device.kind {
+            Some(Kind::Block(block)) => jail.show(&block.path, layout::disk(&device.id), !block.read_only),
+            Some(Kind::Pmem(pmem)) => jail.show(&pmem.path, layout::disk(&device.id), !pmem.read_only),
+            _ => {}
+        }
+    }
+}
+
+/// The serial number that the guest reads from a disk. Firecracker makes it from the file, `build_device_id` in its
+/// block device.
+///
+/// # Errors
+/// When the file is gone.
+pub fn serial(block: &Block) -> Result<String> {
+    let file = fs::metadata(&block.path).map_err(Error::host(format!("look at {}", block.path)))?;
+    let mut number = format!("{}{}{}", file.dev(), file.rdev(), file.ino());
+    // VIRTIO_BLK_ID_BYTES, virtio 1.2 §5.2.6.
+    number.truncate(20);
+    Ok(format!("serial:{number}"))
+}
+
+/// How much memory, in MiB, can be added while the guest runs.
+pub fn memory_to_add(vm: &VmConfig) -> Option<u64> {
+    let more = vm.max_memory_mib.saturating_sub(vm.memory_mib).next_multiple_of(MEMORY_SLOT_MIB);
+    (more > 0).then_some(more)
+}
+
+/// The guest kernel's command line; what `vm` asks for comes last and wins.
+fn kernel_params(vm: &VmConfig, options: &Options) -> String {
+    let mut params = vec![ALWAYS];
+    if !options.pci {
+        params.push("pci=off");
+    }
+    if memory_to_add(vm).is_some() {
+        params.push(ONLINE);
+    }
+    if !vm.image.is_empty() {
+        params.push("root=/dev/vda ro");
+    }
+    params.push(&vm.kernel_params);
+    params.join(" ").trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use caisson_protocol::vmm::{Balloon, Fs, Net, Pmem, Rng, Vsock};
+
+    use super::*;
+
+    /// Firecracker's API as far as it refuses: what it does not know, what it misses, and ids that differ.
+    mod fake {
+        use serde::Deserialize;
+        use serde_json::{Value, from_value};
+
+        macro_rules! body {
+            ($name:ident { $($field:ident: $type:ty),* $(,)? }) => {
+                #[derive(Deserialize)]
+                #[serde(deny_unknown_fields)]
+                #[allow(dead_code)]
+                struct $name { $($field: $type),* }
+            };
+        }
+
+        body!(Machine { vcpu_count: u8, mem_size_mib: usize });
+        body!(Memory { total_size_mib: u32, slot_size_mib: u32 });
+        body!(Boot { kernel_image_path: String, boot_args: Option<String>, initrd_path: Option<String> });
+        body!(Drive { drive_id: String, path_on_host: String, is_root_device: bool, is_read_only: bool });
+        body!(Iface { iface_id: String, host_dev_name: String, guest_mac: String });
+        body!(VsockDevice { guest_cid: u32, uds_path: String });
+        body!(PmemDevice { id: String, path_on_host: String, read_only: bool });
+        body!(BalloonDevice { amount_mib: u32, deflate_on_oom: bool, free_page_reporting: Option<bool> });
+        body!(Entropy {});
+
+        fn identified(path_id: &str, id: &str) -> Result<(), String> {
+            if !id.chars().all(|letter| letter == '_' || letter.is_alphanumeric()) {
+                return Err("API Resource IDs can only contain alphanumeric characters and underscores.".into());
+            }
+            if id == path_id { Ok(()) } else { Err("The id from the path does not match the id from the body!".into()) }
+        }
+
+        pub fn put(path: &str, body: Value) -> Result<(), String> {
+            let bad = |error: serde_json::Error| format!("{path}: {error}");
+            match path[1..].split_once('/').unwrap_or((&path[1..], "")) {
+                ("machine-config", "") => from_value::<Machine>(body).map(drop).map_err(bad),
+                ("hotplug", "memory") => match from_value::<Memory>(body).map_err(bad)? {
+                    memory if memory.total_size_mib % memory.slot_size_mib == 0 => Ok(()),
+                    _ => Err("Total size must be a multiple of slot size".into()),
+                },
+                ("boot-source", "") => from_value::<Boot>(body).map(drop).map_err(bad),
+                ("drives", id) => identified(id, &from_value::<Drive>(body).map_err(bad)?.drive_id),
+                ("network-interfaces", id) => identified(id, &from_value::<Iface>(body).map_err(bad)?.iface_id),
+                ("vsock", "") => from_value::<VsockDevice>(body).map(drop).map_err(bad),
+                ("pmem", id) => identified(id, &from_value::<PmemDevice>(body).map_err(bad)?.id),
+                ("balloon", "") => from_value::<BalloonDevice>(body).map(drop).map_err(bad),
+                ("entropy", "") => from_value::<Entropy>(body).map(drop).map_err(bad),
+                _ => Err(format!("Invalid request method and/or path: PUT {path}.")),
+            }
+        }
+    }
+
+    fn with(kinds: Vec<(&str, Kind)>) -> VmConfig {
+        let device = |(id, kind): (&str, Kind)| Device { id: id.into(), kind: Some(kind), ..Default::default() };
+        let devices = kinds.into_iter().map(device).collect();
+        VmConfig { vcpus: 1, memory_mib: 256, initrd: "/initrd".into(), devices, ..Default::default() }
+    }
+
+    fn of(vm: &VmConfig) -> Result<Configuration> {
+        Configuration::of(vm, &Options::default(), Path::new("/run/vm"))
+    }
+
+    #[test]
+    fn firecracker_takes_every_device_that_it_is_told_of() {
+        let mut vm = with(vec![
+            ("root-1", Kind::Block(Block { path: "/etc/hostname".into(), read_only: true, ..Default::default() })),
+            ("net-0", Kind::Net(Net { tap: "tap0".into(), mac: "02:00:00:00:00:01".into(), ..Default::default() })),
+            ("vsock", Kind::Vsock(Vsock { socket: "/s".into(), ..Default::default() })),
+            ("pmem-0", Kind::Pmem(Pmem { path: "/p".into(), ..Default::default() })),
+            ("balloon", Kind::Balloon(Balloon { free_page_reporting: true, ..Default::default() })),
+            ("rng", Kind::Rng(Rng { source: "/dev/urandom".into(), ..Default::default() })),
+        ]);
+        vm.max_memory_mib = 300;
+        vm.image = "/image".into();
+        let configuration = of(&vm).unwrap();
+        for (path, body) in configuration.calls {
+            assert_eq!(fake::put(&path, body), Ok(()));
+        }
+        assert_eq!(configuration.devices[2].address, "hvsock:/run/vm/vsock.sock");
+    }
+
+    #[test]
+    fn the_fake_refuses_what_firecracker_refuses() {
+        assert!(fake::put("/vsock", json!({ "guest_cid": 3, "uds_path": "/s", "cid": 3 })).is_err());
+        assert!(fake::put("/drives/a-b", json!({ "drive_id": "a-b" })).is_err());
+        assert!(fake::put("/virtio-fs", json!({})).is_err());
+    }
+
+    #[test]
+    fn the_image_is_the_first_disk_and_the_root() {
+        let vm = VmConfig { image: "/image".into(), kernel_params: "quiet".into(), ..with(Vec::new()) };
+        assert!(kernel_params(&vm, &Options::default()).ends_with(" pci=off root=/dev/vda ro quiet"));
+        let calls = of(&vm).unwrap().calls;
+        assert_eq!(calls.iter().find(|(path, _)| path.starts_with("/drives/")).unwrap().0, "/drives/image");
+    }
+
+    #[test]
+    fn a_shared_directory_is_unsupported() {
+        let refusal = of(&with(vec![("fs", Kind::Fs(Fs::default()))])).unwrap_err();
+        assert!(matches!(refusal, Error::Unsupported(why) if why == "Firecracker has no fs device"));
+    }
+
+    #[test]
+    fn another_source_of_entropy_is_unsupported() {
+        let refusal = of(&with(vec![("rng", Kind::Rng(Rng { source: "/dev/hwrng".into(), ..Default::default() }))]));
+        assert!(refusal.unwrap_err().to_string().starts_with("/dev/hwrng cannot be the source of entropy"));
+    }
+
+    #[test]
+    fn memory_is_added_in_whole_slots() {
+        let vm = VmConfig { memory_mib: 256, max_memory_mib: 300, ..Default::default() };
+        assert_eq!(memory_to_add(&vm), Some(128));
+        assert_eq!(memory_to_add(&VmConfig { memory_mib: 256, ..Default::default() }), None);
+    }
+}

@@ -1,0 +1,399 @@
+//! One Firecracker process with its VM.
+
+use std::{
+    path::Path,
+    process::Stdio,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use caisson_protocol::vmm::{
+    CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeMemoryRequest, RestoreRequest,
+    SnapshotRequest, VmConfig, WaitResponse, device::Kind,
+};
+use caisson_vmm_launcher::{
+    Error, Result,
+    console::{self, Audience, Console},
+    http_api::HttpApi,
+    hypervisor::{Created, Hypervisor},
+    jail::{self, Jail},
+    kernel::{self, KernelFormat},
+    kvm, metrics,
+    options::{describe, parse, with_defaults},
+    process::{Ended, Process, Streams},
+    request,
+    vm::exit,
+};
+use hyper::Method;
+use serde_json::{Value, json};
+use tokio::time::timeout;
+use tracing::{debug, info};
+
+use crate::{
+    configuration::{self, Configuration, iface, memory_to_add},
+    disks::{Spares, spares},
+    layout::{self, API, LOG, METRICS, RunDir, SNAPSHOT},
+    log::Log,
+    metrics::Counters,
+    options::{DOCS, Options},
+    stdin::Input,
+    version::{self, Version, WITH_BZIMAGE, WITH_PMEM},
+};
+
+/// Firecracker is ready in some milliseconds, unless the host is very busy.
+const START_DEADLINE: Duration = Duration::from_secs(30);
+/// The guest's memory is written to a disk, or read.
+const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(300);
+/// How much later than it refuses something Firecracker may end because of that.
+const END_AFTER_REFUSAL: Duration = Duration::from_millis(100);
+/// `MAX_SUPPORTED_VCPUS`.
+const MAX_VCPUS: u32 = 32;
+/// Firecracker's exit status after a system call that its seccomp filters forbid.
+const BAD_SYSCALL: i32 = 148;
+
+/// A running Firecracker.
+pub struct Firecracker {
+    process: Process,
+    api: HttpApi,
+    console: Console,
+    log: Log,
+    counters: Counters,
+    spares: Spares,
+    memory_mib: u64,
+    more_memory_mib: u64,
+    vcpus: u32,
+    booted: AtomicBool,
+    /// What lives as long as Firecracker does.
+    held: Mutex<Option<(RunDir, Option<Input>)>>,
+}
+
+impl Hypervisor for Firecracker {
+    const NAME: &'static str = "firecracker";
+    const DEFAULT_PATH: &'static str = "/usr/bin/firecracker";
+
+    fn options() -> Value {
+        with_defaults(describe::<Options>(DOCS), &[("shared_fs", "none".into())])
+    }
+
+    async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
+        let (version, word) = version::of(path).await?;
+        let kvm = kvm::probe_aside().await;
+        let mut able = able(version);
+        able.version = word;
+        match kvm {
+            Ok(()) => (able.accelerator, able.accelerator_reason) = ("kvm".into(), "/dev/kvm runs guests".into()),
+            Err(why) => able.accelerator_reason = format!("Firecracker needs KVM: {why}"),
+        }
+        Ok(able)
+    }
+
+    async fn create(request: &CreateRequest, audience: Audience) -> Result<Created<Self>> {
+        let vm = request::check(request, MAX_VCPUS)?;
+        let options: Options = parse(&request.options)?;
+        let run_dir = Path::new(&request.run_dir);
+        let configuration = Configuration::of(vm, &options, run_dir)?;
+        check_kernel(vm).await?;
+        let firecracker = start(run_dir, vm, &options, audience, Jail::default()).await?;
+        let configured = async {
+            for (path, body) in &configuration.calls {
+                firecracker.api.put(path, body).await?;
+            }
+            Ok(())
+        };
+        let configured = configured.await;
+        firecracker.made(configured, configuration.devices).await
+    }
+
+    async fn restore(request: &RestoreRequest, audience: Audience) -> Result<Created<Self>> {
+        let as_new = CreateRequest {
+            run_dir: request.run_dir.clone(),
+            vm: request.vm.clone(),
+            options: request.options.clone(),
+            ..Default::default()
+        };
+        let vm = request::check(&as_new, MAX_VCPUS)?;
+        let options: Options = parse(&request.options)?;
+        let run_dir = Path::new(&request.run_dir);
+        let devices = Configuration::of(vm, &options, run_dir)?.devices;
+        let mut jail = Jail::default();
+        jail.show(&request.directory, SNAPSHOT, false);
+        let firecracker = start(run_dir, vm, &options, audience, jail).await?;
+        let load = load(vm);
+        let loaded = firecracker.api.request(Method::PUT, "/snapshot/load", Some(&load), SNAPSHOT_DEADLINE).await;
+        firecracker.booted.store(true, Ordering::Relaxed);
+        firecracker.made(loaded.map(drop), devices).await
+    }
+
+    async fn boot(&self) -> Result<()> {
+        let start = json!({ "action_type": "InstanceStart" });
+        self.api.put("/actions", &start).await?;
+        self.booted.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn power_off(&self) -> Result<()> {
+        self.api.put("/actions", &json!({ "action_type": "SendCtrlAltDel" })).await.map(drop)
+    }
+
+    async fn pause(&self) -> Result<()> {
+        self.api.patch("/vm", &json!({ "state": "Paused" })).await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<()> {
+        self.api.patch("/vm", &json!({ "state": "Resumed" })).await.map(drop)
+    }
+
+    async fn attach(&self, device: &Device) -> Result<GuestDevice> {
+        match request::kind(device)? {
+            Kind::Block(block) => {
+                if !self.booted.load(Ordering::Relaxed) {
+                    return Err(Error::Invalid("Firecracker takes no disks between its creation and its boot".into()));
+                }
+                self.spares.attach(&device.id, block, self.process.pid(), &self.api).await?;
+                Ok(GuestDevice { id: device.id.clone(), address: configuration::serial(block)?, ..Default::default() })
+            }
+            other => {
+                let kind = request::kind_name(other);
+                Err(Error::Unsupported(format!("attaching a {kind} device is not supported with firecracker")))
+            }
+        }
+    }
+
+    async fn detach(&self, id: &str) -> Result<()> {
+        self.spares.detach(id, self.process.pid(), &self.api).await
+    }
+
+    async fn snapshot(&self, request: &SnapshotRequest) -> Result<()> {
+        if self.spares.any_attached() {
+            return Err(Error::Invalid("detach every disk that was attached before you make a snapshot".into()));
+        }
+        let pid = self.process.pid();
+        jail::show(pid, Path::new(&request.directory), Path::new(SNAPSHOT), true).await?;
+        let body = json!({
+            "snapshot_type": "Full",
+            "snapshot_path": format!("{SNAPSHOT}/state"),
+            "mem_file_path": format!("{SNAPSHOT}/memory"),
+        });
+        let made = self.api.request(Method::PUT, "/snapshot/create", Some(&body), SNAPSHOT_DEADLINE).await;
+        let hidden = jail::hide(pid, Path::new(SNAPSHOT)).await;
+        made.and(hidden)
+    }
+
+    async fn resize_memory(&self, request: &ResizeMemoryRequest) -> Result<u64> {
+        let most = self.memory_mib + self.more_memory_mib;
+        if !(self.memory_mib..=most).contains(&request.memory_mib) {
+            return Err(Error::Invalid(format!(
+                "the guest cannot have {} MiB of memory: {} to {most}, by its configuration",
+                request.memory_mib, self.memory_mib
+            )));
+        }
+        let more = request.memory_mib - self.memory_mib;
+        if self.more_memory_mib > 0 {
+            self.api.patch("/hotplug/memory", &json!({ "requested_size_mib": more })).await?;
+        }
+        Ok(request.memory_mib)
+    }
+
+    fn kill(&self) {
+        self.process.kill();
+    }
+
+    async fn ended(&self) -> WaitResponse {
+        let ended = self.process.ended().await;
+        // The rest of the console is heard when nobody holds its other end.
+        drop(self.held.lock().expect("nobody panics with the files").take());
+        self.console.drained().await;
+        let (reason, detail) = self.explain(&ended);
+        WaitResponse { console_tail: self.console.tail(), ..exit(reason, detail) }
+    }
+
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    fn console(&self) -> &Console {
+        &self.console
+    }
+
+    async fn metrics(&self) -> Result<String> {
+        let mut known = metrics::Metrics::default();
+        known.number(metrics::MEMORY, self.memory_mib << 20);
+        known.number(metrics::VCPUS, self.vcpus.into());
+        let counted = match self.booted.load(Ordering::Relaxed) {
+            true => self.counters.text(&self.api).await?,
+            false => String::new(),
+        };
+        Ok(known.text() + &counted)
+    }
+}
+
+/// Starts Firecracker in `jail` until its API answers. When this fails or is given up, Firecracker has ended.
+async fn start(
+    run_dir: &Path,
+    vm: &VmConfig,
+    options: &Options,
+    audience: Audience,
+    mut jail: Jail,
+) -> Result<Firecracker> {
+    let started = Instant::now();
+    kvm::require("Firecracker").await?;
+    let files = RunDir::prepare(run_dir)?;
+    let (log, counters) = (Log::read(&files.path(LOG))?, Counters::read(&files.path(METRICS))?);
+    let (console, output) = Console::open(console::log_of(&vm.devices), audience)?;
+    let (input, stdin) = match audience {
+        Audience::Nobody => (None, Stdio::null()),
+        Audience::Terminal => {
+            let (input, stdin) = Input::carry(&output).map_err(Error::host("make a pipe for the guest's input"))?;
+            (Some(input), stdin.into())
+        }
+    };
+    configuration::show(vm, run_dir, &mut jail);
+    let mut arguments = vec!["--api-sock".into(), layout::in_run(API), "--log-path".into(), layout::in_run(LOG)];
+    arguments.extend(["--metrics-path".into(), layout::in_run(METRICS)]);
+    if options.pci {
+        arguments.push("--enable-pci".into());
+    }
+    arguments.extend(options.extra_args.iter().cloned());
+
+    debug!(?arguments, "starting Firecracker");
+    let program = Path::new(&vm.hypervisor_path);
+    let process = jail.start(program, &arguments, Vec::new(), Streams { stdin, stdout: output.into() })?;
+    let socket = files.path(API);
+    let connected = tokio::select! {
+        // What ended explains why nothing listens.
+        biased;
+        ended = process.ended() => {
+            let ended = describe_end(&process, &ended, &log);
+            return Err(Error::Hypervisor(format!("Firecracker did not start: {ended}")));
+        }
+        connected = timeout(START_DEADLINE, log.connect(&socket)) => connected,
+    };
+    let stream = connected.map_err(|_| {
+        let (pid, seconds) = (process.pid(), START_DEADLINE.as_secs());
+        Error::Hypervisor(format!("Firecracker (pid {pid}) did not answer within {seconds} s of its start"))
+    })?;
+    let api = HttpApi::over("Firecracker", stream).await?;
+    // From here on only what goes wrong is of interest.
+    api.put("/logger", &json!({ "level": "Warning" })).await?;
+    log.forget();
+    info!(start = ?started.elapsed(), "Firecracker started");
+    Ok(Firecracker {
+        process,
+        api,
+        console,
+        log,
+        counters,
+        spares: Spares::new(spares(options)),
+        memory_mib: vm.memory_mib,
+        more_memory_mib: memory_to_add(vm).unwrap_or_default(),
+        vcpus: vm.vcpus,
+        booted: AtomicBool::new(false),
+        held: Mutex::new(Some((files, input))),
+    })
+}
+
+impl Firecracker {
+    /// Itself when it is as it should be; else it ends first.
+    async fn made(self, done: Result<()>, devices: Vec<GuestDevice>) -> Result<Created<Self>> {
+        let Err(refusal) = done else { return Ok(Created { hypervisor: self, devices }) };
+        // Some failures end Firecracker, and then its log says more.
+        match timeout(END_AFTER_REFUSAL, self.process.ended()).await {
+            Ok(ended) => Err(Error::Hypervisor(format!("{refusal}: {}", self.describe(&ended)))),
+            Err(_) => {
+                self.process.kill();
+                self.process.ended().await;
+                Err(refusal)
+            }
+        }
+    }
+
+    fn explain(&self, ended: &Ended) -> (ExitReason, String) {
+        if let Some(words) = self.console.panic() {
+            return (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}"));
+        }
+        if ended.status.success() {
+            return (ExitReason::GUEST_SHUTDOWN, "the guest rebooted, which ends its VM".into());
+        }
+        (ExitReason::HYPERVISOR_FAILED, self.describe(ended))
+    }
+
+    fn describe(&self, ended: &Ended) -> String {
+        describe_end(&self.process, ended, &self.log)
+    }
+}
+
+/// With the end of Firecracker's log, which has what its standard error has not.
+fn describe_end(process: &Process, ended: &Ended, log: &Log) -> String {
+    let mut words = process.describe(ended);
+    if ended.status.code() == Some(BAD_SYSCALL) {
+        words.push_str(" (a system call that its seccomp filters forbid)");
+    }
+    let log = log.text();
+    if !log.is_empty() {
+        words.push_str(": ");
+        words.push_str(&log);
+    }
+    words
+}
+
+/// # Errors
+/// When Firecracker as it is installed cannot boot this format.
+async fn check_kernel(vm: &VmConfig) -> Result<()> {
+    if kernel::format(Path::new(&vm.kernel))? == KernelFormat::Elf {
+        return Ok(());
+    }
+    let (version, word) = version::of(Path::new(&vm.hypervisor_path)).await?;
+    if version >= WITH_BZIMAGE {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "the guest kernel {} is a bzImage, which Firecracker {word} cannot boot: give it an ELF vmlinux, or use \
+         Firecracker {WITH_BZIMAGE} or newer",
+        vm.kernel
+    )))
+}
+
+/// The body of `PUT /snapshot/load`: the disks and the vsock are where they were, the taps may be others.
+fn load(vm: &VmConfig) -> Value {
+    let taps = vm.devices.iter().filter_map(|device| match &device.kind {
+        Some(Kind::Net(net)) => Some(json!({ "iface_id": iface(&device.id), "host_dev_name": net.tap })),
+        _ => None,
+    });
+    json!({
+        "snapshot_path": format!("{SNAPSHOT}/state"),
+        "mem_backend": { "backend_type": "File", "backend_path": format!("{SNAPSHOT}/memory") },
+        "resume_vm": false,
+        "network_overrides": taps.collect::<Vec<_>>(),
+    })
+}
+
+/// What a Firecracker of this version can do.
+fn able(version: Version) -> CapabilitiesResponse {
+    let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+    let mut able = CapabilitiesResponse {
+        devices: words(&["block", "net", "vsock", "balloon", "rng", "console"]),
+        hotplug: words(&["block"]),
+        operations: words(&["pause", "snapshot"]),
+        ..Default::default()
+    };
+    let mut missing = vec![
+        ("fs", "Firecracker has no virtio-fs".to_owned()),
+        ("vfio", "Firecracker passes no devices of the host to guests".into()),
+        ("net-hotplug", "Firecracker takes only disks while the guest runs".into()),
+        ("resize-vcpus", "Firecracker's vCPUs are fixed".into()),
+        ("tdx", "Firecracker has no confidential guests".into()),
+        ("sev-snp", "Firecracker has no confidential guests".into()),
+    ];
+    if version >= WITH_PMEM {
+        able.devices.push("pmem".into());
+        able.operations.push("resize-memory".into());
+    } else {
+        let why = format!("Firecracker {version} is too old: {WITH_PMEM} or newer has it");
+        missing.extend([("pmem", why.clone()), ("resize-memory", why)]);
+    }
+    able.missing = missing.into_iter().map(|(what, why)| (what.to_owned(), why)).collect();
+    able
+}

@@ -1,0 +1,149 @@
+//! What Firecracker counts. It writes a line of JSON to a pipe whenever it is told to, and each line has what was added
+//! since the one before.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use caisson_vmm_launcher::{
+    Error, Result,
+    http_api::HttpApi,
+    metrics::{BLOCK_READ, BLOCK_WRITTEN, Family, Metrics, NET_RECEIVED, NET_SENT},
+};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    net::unix::pipe,
+    sync::watch,
+    task::AbortHandle,
+    time::timeout,
+};
+
+/// Firecracker writes before it answers, unless the pipe is full.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// A line has about 20 KiB, and some more for each device.
+const MAX_LINE: u64 = 1 << 20;
+
+const EXITS: Family = Family { name: "caisson_vm_exits_total", help: "Times that the guest needed Firecracker." };
+const EXIT_KINDS: [&str; 4] = ["exit_io_in", "exit_io_out", "exit_mmio_read", "exit_mmio_write"];
+/// Group of Firecracker's, key in it, and our name for it.
+const BY_DEVICE: [(&str, &str, Family); 4] = [
+    ("block_", "read_bytes", BLOCK_READ),
+    ("block_", "write_bytes", BLOCK_WRITTEN),
+    ("net_", "rx_bytes_count", NET_RECEIVED),
+    ("net_", "tx_bytes_count", NET_SENT),
+];
+
+/// Sums of everything that was told.
+#[derive(Debug, Default)]
+struct Sums(BTreeMap<(String, String), u64>);
+
+impl Sums {
+    fn add(&mut self, line: &Value) {
+        let groups = line.as_object().into_iter().flatten();
+        for (group, counters) in groups {
+            for (key, count) in counters.as_object().into_iter().flatten() {
+                if let Some(count) = count.as_u64() {
+                    let sum = self.0.entry((group.clone(), key.clone())).or_default();
+                    *sum = sum.saturating_add(count);
+                }
+            }
+        }
+    }
+
+    fn text(&self) -> String {
+        let mut metrics = Metrics::default();
+        let exits = EXIT_KINDS.iter().filter_map(|kind| {
+            let count = self.0.get(&("vcpu".to_owned(), (*kind).to_owned()))?;
+            Some((kind.trim_start_matches("exit_"), *count))
+        });
+        metrics.by_label(EXITS, "kind", exits);
+        for (prefix, key, family) in BY_DEVICE {
+            let devices = self.0.iter().filter(|((_, counter), _)| counter == key);
+            let devices = devices.filter_map(|((group, _), count)| Some((group.strip_prefix(prefix)?, *count)));
+            metrics.by_label(family, "device", devices);
+        }
+        metrics.text()
+    }
+}
+
+/// The counters of one Firecracker.
+#[derive(Debug)]
+pub struct Counters {
+    sums: Arc<Mutex<Sums>>,
+    told: watch::Receiver<()>,
+    reader: AbortHandle,
+}
+
+impl Counters {
+    /// Reads from the named pipe `path`.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn read(path: &Path) -> Result<Self> {
+        // Also for writing, so that it does not end before Firecracker has opened it.
+        let pipe = pipe::OpenOptions::new().read_write(true).open_receiver(path);
+        let mut pipe = BufReader::new(pipe.map_err(Error::host(format!("open {}", path.display())))?);
+        let sums = Arc::new(Mutex::new(Sums::default()));
+        let (tell, told) = watch::channel(());
+        let added = sums.clone();
+        let reader = tokio::spawn(async move {
+            let mut line = Vec::new();
+            while let Ok(1..) = (&mut pipe).take(MAX_LINE).read_until(b'\n', &mut line).await {
+                // What is no JSON is the end of a line that was too long.
+                if let Ok(line) = serde_json::from_slice(&line) {
+                    added.lock().expect("no reader panics").add(&line);
+                    tell.send_replace(());
+                }
+                line.clear();
+            }
+        });
+        Ok(Self { sums, told, reader: reader.abort_handle() })
+    }
+
+    /// All of them as they are now.
+    ///
+    /// # Errors
+    /// When Firecracker does not tell.
+    pub async fn text(&self, api: &HttpApi) -> Result<String> {
+        let mut told = self.told.clone();
+        told.mark_unchanged();
+        api.put("/actions", &json!({ "action_type": "FlushMetrics" })).await?;
+        let told = timeout(DEADLINE, told.changed()).await;
+        told.map_err(|_| Error::Hypervisor("Firecracker does not tell what it counts".into())).map(drop)?;
+        Ok(self.sums.lock().expect("no reader panics").text())
+    }
+}
+
+impl Drop for Counters {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_told_is_added_up() {
+        let mut sums = Sums::default();
+        let line = json!({ "utc_timestamp_ms": 1, "vcpu": { "exit_io_in": 2 }, "block_root": { "read_bytes": 512 } });
+        sums.add(&line);
+        sums.add(&line);
+        let text = sums.text();
+        assert!(text.contains("\ncaisson_vm_exits_total{kind=\"io_in\"} 4\n"), "{text}");
+        assert!(text.contains("\ncaisson_vm_block_read_bytes_total{device=\"root\"} 1024\n"), "{text}");
+    }
+
+    #[test]
+    fn what_is_no_counter_is_passed_over() {
+        let mut sums = Sums::default();
+        sums.add(&json!({ "vcpu": { "exit_io_in": -1, "exit_io_in_agg": { "min_us": 3 } }, "odd": [1] }));
+        sums.add(&json!(7));
+        assert_eq!(sums.text(), "");
+    }
+}

@@ -1,0 +1,155 @@
+//! The disks and network cards that microvm's guest always sees, empty at first: four and two. Each takes one device, also
+//! while the guest runs.
+//!
+//! It keeps no state of the VM; what it remembers is which slot has which device.
+
+use std::sync::Mutex;
+
+use caisson_protocol::vmm::{Device, device::Kind};
+use caisson_vmm_launcher::{Error, Result, qmp::Qmp, request};
+use serde_json::{Value, json};
+
+/// `MMIO_REPLACEABLE_BLK_NR`, machine/src/micro_common/mod.rs.
+const DISKS: usize = 4;
+/// `MMIO_REPLACEABLE_NET_NR`.
+const CARDS: usize = 2;
+
+/// The slots of one VM, each with the name of its device.
+#[derive(Debug, Default)]
+pub struct Slots {
+    disks: Mutex<[Option<String>; DISKS]>,
+    cards: Mutex<[Option<String>; CARDS]>,
+}
+
+impl Slots {
+    /// Gives a device that the VM is born with its slot.
+    ///
+    /// # Errors
+    /// When there is none left, or the device needs none.
+    pub fn take(&self, id: &str, kind: &Kind) -> Result<usize> {
+        match kind {
+            Kind::Block(_) => take(&mut *self.disks.lock().expect("nobody panics with the slots"), id, "disks"),
+            Kind::Net(_) => take(&mut *self.cards.lock().expect("nobody panics with the slots"), id, "network cards"),
+            other => {
+                let kind = request::kind_name(other);
+                Err(Error::Unsupported(format!("attaching a {kind} device is not supported with stratovirt")))
+            }
+        }
+    }
+
+    /// Fills a slot while the guest runs, and answers where the guest finds the device.
+    pub async fn attach(&self, device: &Device, qmp: &Qmp) -> Result<String> {
+        let (id, kind) = (device.id.as_str(), request::kind(device)?);
+        let slot = self.take(id, kind)?;
+        let (add, device_add, address) = commands(id, kind, slot)?;
+        let attached = async {
+            qmp.execute(add.0, add.1).await?;
+            qmp.execute("device_add", device_add).await
+        };
+        if let Err(error) = attached.await {
+            self.give_back(id);
+            // It also forgets what was only half added; when nothing was, it says so, and that is no news.
+            let _ = qmp.execute("device_del", json!({ "id": id })).await;
+            return Err(error);
+        }
+        Ok(address)
+    }
+
+    /// Empties the slot of the device that is called `id`. The guest is not asked.
+    pub async fn detach(&self, id: &str, qmp: &Qmp) -> Result<()> {
+        qmp.execute("device_del", json!({ "id": id })).await?;
+        self.give_back(id);
+        Ok(())
+    }
+
+    fn give_back(&self, id: &str) {
+        give_back(&mut *self.disks.lock().expect("nobody panics with the slots"), id);
+        give_back(&mut *self.cards.lock().expect("nobody panics with the slots"), id);
+    }
+}
+
+fn take(slots: &mut [Option<String>], id: &str, what: &str) -> Result<usize> {
+    if slots.iter().flatten().any(|name| name == id) {
+        return Err(Error::Invalid(format!("a device is attached as \"{id}\" already")));
+    }
+    let count = slots.len();
+    let Some((number, slot)) = slots.iter_mut().enumerate().find(|(_, slot)| slot.is_none()) else {
+        return Err(Error::Invalid(format!("StratoVirt's microvm has {count} {what}, and each is in use")));
+    };
+    *slot = Some(id.to_owned());
+    Ok(number)
+}
+
+fn give_back(slots: &mut [Option<String>], id: &str) {
+    for slot in slots.iter_mut().filter(|slot| slot.as_deref() == Some(id)) {
+        *slot = None;
+    }
+}
+
+type Command = (&'static str, Value);
+
+/// What makes the host's side of a device, what puts it into `slot`, and where the guest finds it.
+fn commands(id: &str, kind: &Kind, slot: usize) -> Result<(Command, Value, String)> {
+    let addr = format!("{slot:#x}");
+    match kind {
+        Kind::Block(block) => {
+            let file = json!({ "driver": "file", "filename": block.path });
+            let cache = json!({ "direct": false });
+            let add = json!({ "node-name": id, "file": file, "read-only": block.read_only, "cache": cache });
+            let device = json!({ "id": id, "driver": "virtio-blk-mmio", "drive": id, "addr": addr, "serial": id });
+            Ok((("blockdev-add", add), device, format!("serial:{id}")))
+        }
+        Kind::Net(net) => {
+            let add = json!({ "id": id, "ifname": net.tap });
+            // StratoVirt 2.5 reads the name of the host's side from `chardev`, older ones from `netdev`.
+            let device = json!({
+                "id": id, "driver": "virtio-net-mmio", "netdev": id, "chardev": id, "addr": addr, "mac": net.mac,
+            });
+            Ok((("netdev_add", add), device, String::new()))
+        }
+        other => {
+            let kind = request::kind_name(other);
+            Err(Error::Unsupported(format!("attaching a {kind} device is not supported with stratovirt")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use caisson_protocol::vmm::{Block, Net};
+
+    use super::*;
+
+    fn disk() -> Kind {
+        Kind::Block(Block { path: "/disk".into(), ..Default::default() })
+    }
+
+    #[test]
+    fn a_full_machine_says_how_many_it_takes() {
+        let slots = Slots::default();
+        for number in 0..4 {
+            slots.take(&format!("disk-{number}"), &disk()).unwrap();
+        }
+        let error = slots.take("one-more", &disk()).unwrap_err().to_string();
+        assert_eq!(error, "StratoVirt's microvm has 4 disks, and each is in use");
+    }
+
+    #[test]
+    fn a_slot_that_is_given_back_can_be_taken_again() {
+        let slots = Slots::default();
+        slots.take("a", &disk()).unwrap();
+        slots.take("b", &disk()).unwrap();
+        slots.give_back("a");
+        assert_eq!(slots.take("c", &disk()).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_card_is_named_for_old_and_new_versions() {
+        let net = Kind::Net(Net { tap: "tap0".into(), mac: "02:00:00:00:00:01".into(), ..Default::default() });
+        let (_, device, _) = commands("net", &net, 1).unwrap();
+        assert_eq!(
+            (&device["chardev"], &device["netdev"], &device["addr"]),
+            (&json!("net"), &json!("net"), &json!("0x1"))
+        );
+    }
+}

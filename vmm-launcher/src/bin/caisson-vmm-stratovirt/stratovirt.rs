@@ -1,0 +1,314 @@
+//! One StratoVirt process with its VM.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::Mutex,
+    time::Duration,
+};
+
+use caisson_protocol::vmm::{
+    Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, VmConfig, WaitResponse, device::Kind,
+};
+use caisson_vmm_launcher::{
+    Error, Result,
+    console::{Audience, Console},
+    guest_vsock::GuestVsock,
+    hypervisor::{Created, Hypervisor},
+    kvm,
+    options::{describe, parse},
+    process::{Ended, Process},
+    qmp::Qmp,
+    request,
+    virtiofsd::Virtiofsd,
+    vm::exit,
+};
+use serde_json::json;
+use tokio::{net::UnixStream, process::Command, task::spawn_blocking, time::timeout};
+use tracing::{debug, info};
+
+use crate::{
+    appear::until_exists,
+    command_line::CommandLine,
+    options::{DOCS, Options},
+    slots::Slots,
+};
+
+/// StratoVirt is ready in a tenth of a second, unless the host is very busy.
+const START_DEADLINE: Duration = Duration::from_secs(30);
+const VERSION_DEADLINE: Duration = Duration::from_secs(10);
+/// What `-smp` accepts.
+const MAX_VCPUS: u32 = 254;
+/// The image is the first disk.
+const IMAGE_ID: &str = "image";
+
+/// For `Capabilities`.
+const MISSING: &[(&str, &str)] = &[
+    ("pmem", "StratoVirt's microvm is given none"),
+    ("vfio", "it needs StratoVirt's q35, which is not used"),
+    ("fs-hotplug", "microvm takes disks and network cards only"),
+    ("snapshot", "StratoVirt saves no guest with a vsock or a shared directory"),
+    ("resize-vcpus", "it needs StratoVirt's q35, which is not used"),
+    ("resize-memory", "it needs StratoVirt's q35, which is not used"),
+    ("tdx", "StratoVirt has no confidential guests"),
+    ("sev-snp", "StratoVirt has no confidential guests"),
+];
+
+/// A running StratoVirt.
+pub struct StratoVirt {
+    process: Process,
+    qmp: Qmp,
+    console: Console,
+    file_servers: Mutex<Vec<Virtiofsd>>,
+    slots: Slots,
+}
+
+impl Hypervisor for StratoVirt {
+    const NAME: &'static str = "stratovirt";
+    const DEFAULT_PATH: &'static str = "/usr/bin/stratovirt";
+
+    fn options() -> serde_json::Value {
+        describe::<Options>(DOCS)
+    }
+
+    async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
+        let version = version(path).await?;
+        kvm::require("StratoVirt").await?;
+        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+        Ok(CapabilitiesResponse {
+            version,
+            devices: words(&["block", "net", "vsock", "fs", "balloon", "rng", "console"]),
+            hotplug: words(&["block", "net"]),
+            operations: words(&["pause"]),
+            accelerator: "kvm".into(),
+            accelerator_reason: "/dev/kvm runs guests".into(),
+            missing: MISSING.iter().map(|(what, why)| ((*what).to_owned(), (*why).to_owned())).collect(),
+            ..Default::default()
+        })
+    }
+
+    async fn create(request: &CreateRequest, audience: Audience) -> Result<Created<Self>> {
+        let vm = request::check(request, MAX_VCPUS)?;
+        let options: Options = parse(&request.options)?;
+        kvm::require("StratoVirt").await?;
+        let mut plan = Plan::new(vm, &options, Path::new(&request.run_dir))?;
+        let devices = vm
+            .devices
+            .iter()
+            .map(|device| Ok(GuestDevice { id: device.id.clone(), address: plan.add(device)?, ..Default::default() }))
+            .collect::<Result<Vec<_>>>()?;
+        let hypervisor = plan.start(vm, &options, audience).await?;
+        Ok(Created { hypervisor, devices })
+    }
+
+    async fn boot(&self) -> Result<()> {
+        self.resume().await
+    }
+
+    /// Without ACPI there is no button to press.
+    async fn power_off(&self) -> Result<()> {
+        Err(Error::Unsupported("asking a guest to power off is not supported with StratoVirt's microvm".into()))
+    }
+
+    async fn pause(&self) -> Result<()> {
+        self.qmp.execute("stop", json!({})).await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<()> {
+        self.qmp.execute("cont", json!({})).await.map(drop)
+    }
+
+    async fn attach(&self, device: &Device) -> Result<GuestDevice> {
+        let address = self.slots.attach(device, &self.qmp).await?;
+        Ok(GuestDevice { id: device.id.clone(), address, ..Default::default() })
+    }
+
+    async fn detach(&self, id: &str) -> Result<()> {
+        self.slots.detach(id, &self.qmp).await
+    }
+
+    fn kill(&self) {
+        self.process.kill();
+    }
+
+    async fn ended(&self) -> WaitResponse {
+        let ended = self.process.ended().await;
+        self.console.drained().await;
+        let file_servers = std::mem::take(&mut *self.file_servers.lock().expect("nobody panics with the helpers"));
+        for file_server in file_servers {
+            file_server.end().await;
+        }
+        let (reason, detail) = match self.console.panic() {
+            Some(words) => (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}")),
+            None if ended.status.success() => (ExitReason::GUEST_SHUTDOWN, "the guest ended itself".to_owned()),
+            None => (ExitReason::HYPERVISOR_FAILED, self.process.describe(&ended)),
+        };
+        WaitResponse { console_tail: self.console.tail(), ..exit(reason, detail) }
+    }
+
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    fn console(&self) -> &Console {
+        &self.console
+    }
+}
+
+/// A StratoVirt that is not yet started. Dropping it ends what was started for it.
+struct Plan<'a> {
+    run_dir: &'a Path,
+    line: CommandLine,
+    slots: Slots,
+    file_servers: Vec<Virtiofsd>,
+    /// Where they listen, until StratoVirt has connected.
+    sockets: Sockets,
+}
+
+/// Removed when dropped.
+#[derive(Default)]
+struct Sockets(Vec<PathBuf>);
+
+impl Drop for Sockets {
+    fn drop(&mut self) {
+        for socket in &self.0 {
+            let _ = std::fs::remove_file(socket);
+        }
+    }
+}
+
+impl<'a> Plan<'a> {
+    fn new(vm: &VmConfig, options: &Options, run_dir: &'a Path) -> Result<Self> {
+        let shared_memory = vm.devices.iter().any(|device| matches!(device.kind, Some(Kind::Fs(_))));
+        let line = CommandLine::new(vm, options, shared_memory)?;
+        let mut plan =
+            Self { run_dir, line, slots: Slots::default(), file_servers: Vec::new(), sockets: Sockets::default() };
+        if !vm.image.is_empty() {
+            let image = Block { path: vm.image.clone(), read_only: true, ..Default::default() };
+            plan.slots.take(IMAGE_ID, &Kind::Block(image.clone()))?;
+            plan.line.block(IMAGE_ID, &image)?;
+        }
+        Ok(plan)
+    }
+
+    /// Adds one device, and answers where the guest finds it.
+    fn add(&mut self, device: &Device) -> Result<String> {
+        let id = device.id.as_str();
+        let kind = request::kind(device)?;
+        match kind {
+            Kind::Block(block) => {
+                self.slots.take(id, kind)?;
+                self.line.block(id, block)?;
+                return Ok(format!("serial:{id}"));
+            }
+            Kind::Net(net) => {
+                self.slots.take(id, kind)?;
+                self.line.net(id, net);
+            }
+            Kind::Vsock(vsock) => match GuestVsock::open(Path::new(&vsock.socket), self.run_dir)? {
+                GuestVsock::Kernel { vhost, cid } => {
+                    self.line.vsock(id, cid, vhost);
+                    return Ok(format!("vsock:{cid}"));
+                }
+                GuestVsock::Hybrid { .. } => {
+                    return Err(Error::Unsupported(
+                        "a guest of StratoVirt needs the kernel's vsock: load the module vhost_vsock, so that there is a \
+                         /dev/vhost-vsock"
+                            .into(),
+                    ));
+                }
+            },
+            Kind::Fs(fs) => {
+                let socket = self.run_dir.join(format!("fs-{id}.sock"));
+                self.file_servers.push(Virtiofsd::listen(fs, &socket)?);
+                self.line.fs(id, &fs.tag, &socket)?;
+                self.sockets.0.push(socket);
+                return Ok(format!("tag:{}", fs.tag));
+            }
+            Kind::Balloon(balloon) => self.line.balloon(id, balloon),
+            Kind::Rng(rng) => self.line.rng(id, &rng.source)?,
+            // The serial port, which every guest has.
+            Kind::Console(_) => {}
+            other => {
+                let kind = request::kind_name(other);
+                return Err(Error::Unsupported(format!("a {kind} device is not supported with stratovirt")));
+            }
+        }
+        Ok(String::new())
+    }
+
+    async fn start(mut self, vm: &VmConfig, options: &Options, audience: Audience) -> Result<StratoVirt> {
+        let (protocol, serial) = (self.run_dir.join("qmp.sock"), self.run_dir.join("console.sock"));
+        self.line.sockets(&protocol, &serial)?;
+        self.sockets.0.extend([protocol.clone(), serial.clone()]);
+        self.line.arguments.extend(options.extra_args.iter().cloned());
+        debug!(arguments = ?self.line.arguments, "starting StratoVirt");
+        let process = Process::start(Path::new(&vm.hypervisor_path), &self.line.arguments, self.line.descriptors)?;
+        match connect(&process, &protocol, &serial).await {
+            Ok((qmp, connection)) => {
+                let log = vm.devices.iter().find_map(|device| match &device.kind {
+                    Some(Kind::Console(console)) => Some(Path::new(console.log.as_str())),
+                    _ => None,
+                });
+                let console = Console::over(connection, log, audience)?;
+                info!(pid = process.pid(), "StratoVirt started");
+                let file_servers = Mutex::new(self.file_servers);
+                Ok(StratoVirt { process, qmp, console, file_servers, slots: self.slots })
+            }
+            Err(error) => {
+                process.kill();
+                let ended = process.ended().await;
+                for file_server in self.file_servers {
+                    file_server.end().await;
+                }
+                Err(error.unwrap_or_else(|| did_not_start(&process, &ended)))
+            }
+        }
+    }
+}
+
+/// Connects to both sockets; `None` when StratoVirt ended before.
+async fn connect(process: &Process, protocol: &Path, serial: &Path) -> Result<(Qmp, UnixStream), Option<Error>> {
+    let connected = async {
+        // It listens for the machine protocol before it makes the serial port, and for that when it answers.
+        let (path, pid) = (serial.to_owned(), process.pid());
+        let waited = spawn_blocking(move || until_exists(&path, pid)).await.unwrap_or(Ok(false));
+        if !waited.map_err(|source| Some(Error::host("wait for StratoVirt's sockets")(source)))? {
+            return Err(None);
+        }
+        let refused = |path: &Path| {
+            let action = format!("connect to StratoVirt's {}", path.display());
+            move |source| Some(Error::host(action)(source))
+        };
+        let stream = UnixStream::connect(protocol).await.map_err(refused(protocol))?;
+        let qmp = Qmp::over("StratoVirt", stream);
+        tokio::select! {
+            ready = qmp.negotiate() => ready.map_err(Some)?,
+            _ = process.ended() => return Err(None),
+        }
+        let console = UnixStream::connect(serial).await.map_err(refused(serial))?;
+        Ok((qmp, console))
+    };
+    timeout(START_DEADLINE, connected).await.unwrap_or_else(|_| {
+        let (pid, seconds) = (process.pid(), START_DEADLINE.as_secs());
+        Err(Some(Error::Hypervisor(format!("StratoVirt (pid {pid}) did not answer within {seconds} s of its start"))))
+    })
+}
+
+fn did_not_start(process: &Process, ended: &Ended) -> Error {
+    Error::Hypervisor(format!("StratoVirt did not start: {}", process.describe(ended)))
+}
+
+/// What `-version` says: "StratoVirt 2.5.0".
+async fn version(path: &Path) -> Result<String> {
+    let run = Command::new(path).arg("-version").stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = timeout(VERSION_DEADLINE, run)
+        .await
+        .map_err(|_| Error::Hypervisor(format!("{} -version does not end", path.display())))?
+        .map_err(Error::host(format!("execute {}", path.display())))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    match text.lines().find_map(|line| line.strip_prefix("StratoVirt ")) {
+        Some(version) => Ok(version.trim().to_owned()),
+        None => Err(Error::Invalid(format!("{} is not StratoVirt: -version does not say so", path.display()))),
+    }
+}

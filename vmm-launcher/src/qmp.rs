@@ -1,0 +1,236 @@
+//! A client of QEMU's machine protocol, `docs/interop/qmp-spec.txt` of QEMU: one JSON object per line, answers found by
+//! their id. StratoVirt speaks a dialect of it, which wants ids to be strings.
+//!
+//! The hypervisor runs beside a hostile guest, so its lines are bounded and everything in them is optional.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{broadcast, oneshot, watch},
+    time::timeout,
+};
+use tracing::debug;
+
+use crate::{Error, Result};
+
+/// An answer comes at once, unless the host is very busy.
+const DEADLINE: Duration = Duration::from_secs(20);
+/// The longest answer to what we ask has a few KiB.
+const MAX_LINE: u64 = 1 << 20;
+/// Events that a slow listener may miss.
+const EVENTS: usize = 64;
+
+/// A connection to one hypervisor.
+#[derive(Debug)]
+pub struct Qmp {
+    hypervisor: &'static str,
+    writer: tokio::sync::Mutex<OwnedWriteHalf>,
+    next_id: AtomicU64,
+    shared: Arc<Shared>,
+}
+
+/// What a command returns, or the hypervisor's words why it fails.
+type Answer = Result<Value, String>;
+
+#[derive(Debug)]
+struct Shared {
+    /// Who waits for the answer with an id; `None` once the connection has ended.
+    waiting: Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>,
+    events: broadcast::Sender<Value>,
+    greeting: watch::Sender<bool>,
+    /// Why the VM went down, as the hypervisor says it: `guest-shutdown`, `guest-reset`, …
+    shutdown_reason: Mutex<Option<String>>,
+}
+
+impl Qmp {
+    /// A client, and the connected socket for `hypervisor`, which is its name in errors.
+    ///
+    /// # Errors
+    /// When the host makes no socket pair.
+    pub fn pair(hypervisor: &'static str) -> io::Result<(Self, OwnedFd)> {
+        let (near, far) = StdUnixStream::pair()?;
+        near.set_nonblocking(true)?;
+        Ok((Self::over(hypervisor, UnixStream::from_std(near)?), far.into()))
+    }
+
+    /// A client on a connection to `hypervisor`, which is its name in errors.
+    pub fn over(hypervisor: &'static str, stream: UnixStream) -> Self {
+        let (reader, writer) = stream.into_split();
+        let shared = Arc::new(Shared {
+            waiting: Mutex::new(Some(HashMap::new())),
+            events: broadcast::Sender::new(EVENTS),
+            greeting: watch::Sender::new(false),
+            shutdown_reason: Mutex::new(None),
+        });
+        tokio::spawn(read(hypervisor, reader, shared.clone()));
+        Self { hypervisor, writer: writer.into(), next_id: AtomicU64::new(1), shared }
+    }
+
+    /// Waits until the hypervisor has started, and leaves the capabilities negotiation behind.
+    ///
+    /// # Errors
+    /// When it refuses.
+    pub async fn negotiate(&self) -> Result<()> {
+        let mut greeting = self.shared.greeting.subscribe();
+        // `self` holds the sender: this does not fail. Who calls watches the process, and has a deadline.
+        let _ = greeting.wait_for(|greeted| *greeted).await;
+        self.execute("qmp_capabilities", json!({})).await.map(drop)
+    }
+
+    /// Has the hypervisor do something, and answers what it answers.
+    ///
+    /// # Errors
+    /// The hypervisor's own words when it refuses; when it does not answer in time or has ended.
+    pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
+        let failed = |why: &str| Error::Hypervisor(format!("{}'s {command}: {why}", self.hypervisor));
+        let hung_up = || failed(&format!("{} has ended", self.hypervisor));
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let (tell, told) = oneshot::channel();
+        match &mut *self.shared.waiting.lock().expect("no reader panics") {
+            Some(waiting) => waiting.insert(id, tell),
+            None => return Err(hung_up()),
+        };
+        let mut line = json!({ "execute": command, "arguments": arguments, "id": id.to_string() }).to_string();
+        line.push('\n');
+        let exchange = async {
+            self.writer.lock().await.write_all(line.as_bytes()).await.map_err(|_| hung_up())?;
+            match told.await {
+                Ok(answer) => answer.map_err(|why| failed(&why)),
+                Err(_) => Err(hung_up()),
+            }
+        };
+        match timeout(DEADLINE, exchange).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                if let Some(waiting) = &mut *self.shared.waiting.lock().expect("no reader panics") {
+                    waiting.remove(&id);
+                }
+                Err(failed(&format!("no answer in {} s", DEADLINE.as_secs())))
+            }
+        }
+    }
+
+    /// Events from now on.
+    pub fn events(&self) -> broadcast::Receiver<Value> {
+        self.shared.events.subscribe()
+    }
+
+    /// The reason in the last `SHUTDOWN` event.
+    pub fn shutdown_reason(&self) -> Option<String> {
+        self.shared.shutdown_reason.lock().expect("no reader panics").clone()
+    }
+}
+
+async fn read(hypervisor: &'static str, reader: OwnedReadHalf, shared: Arc<Shared>) {
+    let mut reader = BufReader::with_capacity(4096, reader);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line).await {
+            Ok(1..) if line.ends_with(b"\n") => {}
+            // The end, or a line without one.
+            _ => break,
+        }
+        match serde_json::from_slice(&line) {
+            Ok(message) => shared.receive(message),
+            Err(error) => debug!(%error, "{hypervisor} sent something else than JSON"),
+        }
+    }
+    // Whoever still waits learns that the answer does not come.
+    shared.waiting.lock().expect("no caller panics").take();
+}
+
+impl Shared {
+    fn receive(&self, mut message: Value) {
+        if message.get("QMP").is_some() {
+            self.greeting.send_replace(true);
+        } else if let Some(id) = message["id"].as_str().and_then(|id| id.parse().ok()) {
+            let waiting =
+                self.waiting.lock().expect("no caller panics").as_mut().and_then(|waiting| waiting.remove(&id));
+            let answer = match message.get("error") {
+                Some(error) => Err(error["desc"].as_str().unwrap_or("it failed and does not say why").to_owned()),
+                None => Ok(message["return"].take()),
+            };
+            if let Some(waiting) = waiting {
+                let _ = waiting.send(answer);
+            }
+        } else if let Some(event) = message.get("event").and_then(Value::as_str) {
+            debug!(event, data = %message["data"], "machine protocol event");
+            if event == "SHUTDOWN" {
+                let reason = message["data"]["reason"].as_str().map(str::to_owned);
+                *self.shutdown_reason.lock().expect("no caller panics") = reason;
+            }
+            let _ = self.events.send(message);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A QEMU that says `lines` and then hears what it is told, or hangs up.
+    fn qemu(lines: &[&str]) -> (Qmp, StdUnixStream) {
+        use std::io::Write;
+        let (qmp, far) = Qmp::pair("QEMU").unwrap();
+        let mut far = StdUnixStream::from(far);
+        lines.iter().for_each(|line| writeln!(far, "{line}").unwrap());
+        (qmp, far)
+    }
+
+    #[tokio::test]
+    async fn an_answer_finds_its_question_between_events() {
+        let (qmp, _far) = qemu(&[
+            r#"{"QMP": {}}"#,
+            r#"{"event": "STOP", "data": {}}"#,
+            r#"{"return": {"status": "running"}, "id": "1"}"#,
+        ]);
+        // Not yet read: the reader runs when this test waits.
+        assert_eq!(qmp.execute("query-status", json!({})).await.unwrap()["status"], "running");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_told_in_qemus_words() {
+        let (qmp, _far) = qemu(&[r#"{"error": {"class": "GenericError", "desc": "Device 'x' not found"}, "id": "1"}"#]);
+        let error = qmp.execute("device_del", json!({ "id": "x" })).await.unwrap_err();
+        assert_eq!(error.to_string(), "QEMU's device_del: Device 'x' not found");
+    }
+
+    #[tokio::test]
+    async fn a_qemu_that_hangs_up_answers_every_question() {
+        let (qmp, far) = qemu(&[]);
+        drop(far);
+        assert_eq!(qmp.execute("cont", json!({})).await.unwrap_err().to_string(), "QEMU's cont: QEMU has ended");
+    }
+
+    #[tokio::test]
+    async fn what_is_no_json_is_passed_over() {
+        let (qmp, _far) = qemu(&["]]]", "", r#"{"id": "7"}"#, r#"{"return": {}, "id": "1"}"#]);
+        assert!(qmp.execute("cont", json!({})).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn the_last_shutdown_reason_is_kept() {
+        let (qmp, _far) = qemu(&[
+            r#"{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-reset"}}"#,
+            r#"{"return": {}, "id": "1"}"#,
+        ]);
+        qmp.execute("cont", json!({})).await.unwrap();
+        assert_eq!(qmp.shutdown_reason().as_deref(), Some("guest-reset"));
+    }
+}

@@ -1,0 +1,120 @@
+//! What a guest reads from its disks and writes to them, and what the host does to them meanwhile.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    path::{Path, PathBuf},
+};
+
+use caisson_protocol::{
+    status::Code,
+    vmm::{Block, device::Kind},
+};
+
+use crate::{
+    fixture::{Backend, Images, Launcher, device, for_backend, for_each_backend, text},
+    integrity::{assert_all_arrived, ended, mib, request},
+    pattern,
+};
+
+for_each_backend!(a_disk_keeps_every_byte);
+for_backend!(qemu_only, Qemu, a_disk_that_another_vm_writes_is_refused);
+for_backend!(
+    builtin_only,
+    Builtin,
+    a_disk_that_another_vm_writes_is_refused,
+    a_disk_that_a_thread_serves_keeps_every_byte,
+    a_disk_that_shrinks_gives_the_guest_errors,
+    a_disk_loses_what_is_discarded
+);
+
+fn image(images: &Images, name: &str, mib: usize) -> PathBuf {
+    let path = images.dir.path().join(name);
+    File::create(&path).unwrap().set_len((mib as u64) << 20).unwrap();
+    path
+}
+
+fn disk(path: &Path, read_only: bool) -> Kind {
+    Kind::Block(Block { path: text(path), read_only, ..Default::default() })
+}
+
+async fn disk_keeps_every_byte(backend: Backend, options: &str) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let mib = mib();
+    let (question, answer) = (image(&images, "question", mib), image(&images, "answer", mib));
+    pattern::write(&mut OpenOptions::new().write(true).open(&question).unwrap(), mib).unwrap();
+    // Four quarters at once; one of them past the guest's page cache.
+    let script = format!(
+        "quarter=$(({mib} / 4))\n\
+         for n in 0 1 2; do\n\
+         dd if=/dev/vda of=/dev/vdb bs=1M count=$quarter skip=$((n * quarter)) seek=$((n * quarter)) &\n\
+         done\n\
+         dd if=/dev/vda of=/dev/vdb bs=1M skip=$((3 * quarter)) seek=$((3 * quarter)) iflag=direct oflag=direct\n\
+         wait\n\
+         sync"
+    );
+    let disks = [("question", disk(&question, true)), ("answer", disk(&answer, false))];
+    let mut request = request(&launcher, &images, &script, &disks);
+    request.options += options;
+    launcher.create(&request).await.unwrap();
+    launcher.boot().await.unwrap();
+
+    assert_all_arrived(&ended(&launcher).await);
+    pattern::check(&mut File::open(answer).unwrap(), mib).unwrap();
+}
+
+async fn a_disk_keeps_every_byte(backend: Backend) {
+    disk_keeps_every_byte(backend, "").await;
+}
+
+async fn a_disk_that_a_thread_serves_keeps_every_byte(backend: Backend) {
+    disk_keeps_every_byte(backend, "\nblock_io = \"thread\"").await;
+}
+
+async fn a_disk_that_another_vm_writes_is_refused(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let path = image(&images, "disk", 1);
+    let (first, second) = (Launcher::start(backend).await, Launcher::start(backend).await);
+    let mut writes = first.request(&images, "sleep");
+    writes.vm.as_mut().unwrap().devices = vec![device("disk", disk(&path, false))];
+    first.create(&writes).await.unwrap();
+
+    let mut reads = second.request(&images, "sleep");
+    reads.vm.as_mut().unwrap().devices = vec![device("disk", disk(&path, true))];
+    let status = second.create(&reads).await.unwrap_err();
+    assert!(status.message.contains(path.to_str().unwrap()), "{status}");
+    if backend == Backend::Builtin {
+        assert_eq!(status.code, Code::INVALID_ARGUMENT);
+        let expected = format!("the disk {} is in use by another virtual machine that writes to it", path.display());
+        assert_eq!(status.message, expected);
+    }
+    assert!(second.leftovers().is_empty());
+}
+
+async fn a_disk_that_shrinks_gives_the_guest_errors(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let path = image(&images, "disk", 2);
+    let script = "dd if=/dev/vda of=/dev/null bs=64k count=16\n\
+                  if dd if=/dev/vda of=/dev/null bs=64k skip=16; then echo guest: read what is not there; exit 1; fi";
+    launcher.create(&request(&launcher, &images, script, &[("disk", disk(&path, false))])).await.unwrap();
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(1 << 20).unwrap();
+    launcher.boot().await.unwrap();
+
+    assert_all_arrived(&ended(&launcher).await);
+}
+
+async fn a_disk_loses_what_is_discarded(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let path = image(&images, "disk", 4);
+    pattern::write(&mut OpenOptions::new().write(true).open(&path).unwrap(), 4).unwrap();
+    let script = "blkdiscard -l 1048576 /dev/vda";
+    launcher.create(&request(&launcher, &images, script, &[("disk", disk(&path, false))])).await.unwrap();
+    launcher.boot().await.unwrap();
+
+    assert_all_arrived(&ended(&launcher).await);
+    let content = fs::read(&path).unwrap();
+    assert!(content[..1 << 20].iter().all(|&byte| byte == 0));
+    assert!(content[1 << 20..(1 << 20) + 64].iter().any(|&byte| byte != 0));
+}
