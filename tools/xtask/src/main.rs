@@ -78,7 +78,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Demo => demo::run(&installation)?,
         Command::Test { arguments } => test::test(&installation, &arguments)?,
         Command::TestKvm { here: Some(nextest), batch } => {
-            kvm_tests::test_as_prepared(&installation, &nextest, batch)?;
+            return kvm_tests::test_as_prepared(&installation, &nextest, batch);
         }
         Command::TestKvm { here: None, .. } => kvm_tests::test(&installation)?,
         Command::Bench(command) => bench::run(&installation, &command)?,

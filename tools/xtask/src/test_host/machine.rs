@@ -18,6 +18,8 @@ const PROCESSOR: &str =
 const PLATFORM: &str = "q35,memory-backend=memory,smbus=off,sata=off,usb=off,vmport=off";
 /// A panic ends the machine.
 const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off";
+/// A timer that ticks by itself: one that is set anew for each event is lost now and then, but under `icount`.
+const TICKING: &str = "highres=off nohz=off";
 /// QEMU's cache of translated code in MiB: the default grows with the machine's memory, not with what is executed.
 const TRANSLATIONS_MIB: u32 = 256;
 
@@ -55,7 +57,8 @@ impl Machine {
         qemu.args(["-cpu", PROCESSOR]).args(self.clock());
         qemu.arg("-m").arg(format!("{}M", self.memory_mib));
         qemu.arg("-object").arg(format!("memory-backend-memfd,id=memory,share=on,size={}M", self.memory_mib));
-        qemu.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd).args(["-append", PARAMETERS]);
+        qemu.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd);
+        qemu.arg("-append").arg(if self.icount { PARAMETERS.to_owned() } else { format!("{PARAMETERS} {TICKING}") });
         qemu.args(["-chardev", &format!("socket,id=console,fd={CONSOLE_FD}"), "-serial", "chardev:console"]);
         qemu.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
         qemu.args(["-chardev", &format!("socket,id=control,fd={CONTROL_FD}")]);
