@@ -16,10 +16,9 @@ use super::{child::ChildGuard, image::Image, share::Share};
 const PROCESSOR: &str =
     "EPYC,+svm,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,-xsavec";
 const PLATFORM: &str = "q35,memory-backend=memory,smbus=off,sata=off,usb=off,vmport=off";
-/// A panic ends the machine.
-const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off";
-/// A timer that ticks by itself: one that is set anew for each event is lost now and then, but under `icount`.
-const TICKING: &str = "highres=off nohz=off";
+/// A panic ends the machine. Without the watchdog: on a busy machine it would distrust the emulated time stamp counter, and KVM
+/// then stops that of a guest, with its timers, whenever the guest waits.
+const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable";
 /// QEMU's cache of translated code in MiB: the default grows with the machine's memory, not with what is executed.
 const TRANSLATIONS_MIB: u32 = 256;
 
@@ -57,8 +56,7 @@ impl Machine {
         qemu.args(["-cpu", PROCESSOR]).args(self.clock());
         qemu.arg("-m").arg(format!("{}M", self.memory_mib));
         qemu.arg("-object").arg(format!("memory-backend-memfd,id=memory,share=on,size={}M", self.memory_mib));
-        qemu.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd);
-        qemu.arg("-append").arg(if self.icount { PARAMETERS.to_owned() } else { format!("{PARAMETERS} {TICKING}") });
+        qemu.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd).args(["-append", PARAMETERS]);
         qemu.args(["-chardev", &format!("socket,id=console,fd={CONSOLE_FD}"), "-serial", "chardev:console"]);
         qemu.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
         qemu.args(["-chardev", &format!("socket,id=control,fd={CONTROL_FD}")]);
