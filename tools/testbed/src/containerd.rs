@@ -4,13 +4,17 @@ use std::{
     env,
     path::{Path, PathBuf},
     process::Command,
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use anyhow::{Context, Result};
 
 use crate::{
-    BUSYBOX, Capture, Configuration, Ctr, Hypervisor, Installation, Outcome, Scope, daemon::Daemon, leftovers::Baseline,
+    BUSYBOX, Capture, Configuration, Ctr, Hypervisor, Installation, Outcome, Recording, Scope, daemon::Daemon,
+    leftovers::Baseline,
 };
 
 /// The runtime under test, by the name that containerd knows it by.
@@ -29,6 +33,8 @@ pub struct Containerd {
     baseline: Baseline,
     runtime: String,
     next_id: AtomicU32,
+    /// Of the test that it was started for.
+    recording: Mutex<Recording>,
 }
 
 impl Containerd {
@@ -54,6 +60,7 @@ impl Containerd {
     /// As for [`Self::start`].
     pub fn start_with(installation: &Installation, configuration: &Configuration) -> Result<Self> {
         Scope::sweep_abandoned()?;
+        let recording = Recording::begin(configuration.hypervisor().name(), configuration.hypervisor().program());
         let scope = Scope::create()?;
         configuration.write(&scope.dir().join("configuration.toml"))?;
         let programs = installation.programs.clone();
@@ -61,7 +68,8 @@ impl Containerd {
         let baseline = Baseline::take(scope.clone(), daemon.pid())?;
         let runtime = env::var("TESTBED_RUNTIME").unwrap_or_else(|_| CAISSON.to_owned());
         let hypervisor = configuration.hypervisor().clone();
-        let containerd = Self { scope, hypervisor, programs, daemon, baseline, runtime, next_id: AtomicU32::new(1) };
+        let (next_id, recording) = (AtomicU32::new(1), Mutex::new(recording));
+        let containerd = Self { scope, hypervisor, programs, daemon, baseline, runtime, next_id, recording };
         containerd.import(&installation.archives.busybox)?;
         Ok(containerd)
     }
@@ -190,6 +198,8 @@ impl Containerd {
         self.baseline.leftovers()
     }
 
+    /// The last thing that a test does: without it, the test is recorded as failed.
+    ///
     /// # Panics
     /// When containers have left a process, a mount, a control group, a socket or a file behind: names each.
     #[track_caller]
@@ -200,6 +210,7 @@ impl Containerd {
             }
             Err(error) => panic!("cannot tell what is left behind: {error:#}"),
         }
+        self.recording.lock().expect("nobody panics with the recording").pass();
     }
 }
 

@@ -27,6 +27,7 @@ mod images;
 mod installation;
 mod kvm;
 mod leftovers;
+mod results;
 mod scope;
 mod session;
 
@@ -39,5 +40,6 @@ pub use hypervisor::Hypervisor;
 pub use images::{Archives, BUSYBOX, BUSYBOX_APP, NGINX};
 pub use installation::Installation;
 pub use kvm::Accelerator;
+pub use results::{Recording, TestResult, Verdict, version_of};
 pub use scope::{Scope, kill, program_name};
 pub use session::{Outcome, Session};

@@ -3,18 +3,19 @@
 
 use std::{
     fs,
-    io::stdout,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
     sync::Mutex,
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use caisson_testbed::{Accelerator, Cache, Hypervisor, Installation};
 
 use crate::{
     build::{self, cargo},
+    peers::Peers,
+    results::Results,
     step::{run, step},
     test_host::{Image, Machine, Task, TestHost},
 };
@@ -33,14 +34,19 @@ const UNFIT: u8 = 75;
 const PROFILE: &str = "kvm";
 /// And those for [`SIGN_OF_FITNESS`].
 const FITNESS_PROFILE: &str = "kvm-fitness";
-/// Backends that have to run where KVM works; see the launchers' suite.
-const REQUIRED: &str = "builtin qemu";
+/// Backends that have to run where KVM works, beside those whose programs were found; see the launchers' suite.
+const REQUIRED: [&str; 2] = ["builtin", "qemu"];
 
 /// A guest of QEMU that waits for timers until it is off. Now and then a test host boots in which they come late or never.
 const SIGN_OF_FITNESS: &str = "binary(launcher) and test(=life::qemu::a_guest_that_powers_off_ends_its_vm)";
 
 /// One container with a second process.
 const SIGN_OF_LIFE: &str = "binary(end_to_end) and test(=lifecycle::exec_has_streams_and_an_exit_code_of_its_own)";
+
+/// What `ctr` does with a container and with a pod, and what becomes of them when a program is killed. Not every hypervisor
+/// has a file system daemon.
+const PEERS_CONTAINERS: &str = "binary(end_to_end) and test(/^(crashes|lifecycle|pod|streams)::/) \
+                                and not test(/a_killed_file_system_daemon/)";
 
 /// Some tests, in one boot of the test host, with one hypervisor and one guest kernel.
 struct Batch {
@@ -61,12 +67,17 @@ impl Batch {
         Self { name, tests, hypervisor: Hypervisor::BUILTIN, kernel, options: "" }
     }
 
+    /// Another hypervisor's; passed over where its program is not found.
+    const fn peer(name: &'static str, hypervisor: &'static str, tests: &'static str) -> Self {
+        Self { name, tests, hypervisor, kernel: "vmlinux", options: "" }
+    }
+
     const fn qemu(name: &'static str, tests: &'static str, kernel: &'static str) -> Self {
         Self { name, tests, hypervisor: Hypervisor::QEMU, kernel, options: "accel=kvm" }
     }
 }
 
-const BATCHES: [Batch; 9] = [
+const BATCHES: [Batch; 13] = [
     Batch::suite("every launcher: devices", "binary(launcher) and test(/^devices::/)"),
     Batch::suite("every launcher: disks and integrity", "binary(launcher) and test(/^(disks|integrity)::/)"),
     Batch::suite("every launcher: life", "binary(launcher) and test(/^(life|snapshot)::/)"),
@@ -84,50 +95,83 @@ const BATCHES: [Batch; 9] = [
     Batch::builtin("built-in VMM: Debian's bzImage", SIGN_OF_LIFE, "bzImage"),
     Batch::qemu("QEMU with KVM: pods", "binary(end_to_end) and test(/^pod::/)", "vmlinux"),
     Batch::qemu("QEMU with KVM: Debian's bzImage", SIGN_OF_LIFE, "bzImage"),
+    Batch::peer("Firecracker: containers and pods", "firecracker", PEERS_CONTAINERS),
+    Batch::peer(
+        "Firecracker: root file systems on disks",
+        "firecracker",
+        "binary(end_to_end) and test(/^block_rootfs::/)",
+    ),
+    Batch::peer("Cloud Hypervisor: containers and pods", "cloud-hypervisor", PEERS_CONTAINERS),
+    Batch::peer(
+        "Cloud Hypervisor: root file systems on disks",
+        "cloud-hypervisor",
+        "binary(end_to_end) and test(/^block_rootfs::/)",
+    ),
 ];
 
 /// Runs all of it, here or in a test host.
 pub fn test(installation: &Installation) -> Result<()> {
     let nextest = step("find cargo-nextest", || build::nextest(&Cache::open()?))?;
     let metadata = step("list the tests", || Metadata::write(installation, &nextest))?;
+    let peers = step("look for hypervisors", || Peers::find(installation))?;
     let accelerator = Accelerator::find(&installation.programs)?;
-    if accelerator.is_kvm() {
-        return all(1, |_, batch| batch.run_here(installation, &nextest, &metadata));
-    }
-    eprintln!("    a test host is needed here: {}", accelerator.reason);
-    let image = step("build the test host", || Image::build(Image::SUITE))?;
-    let mut host = TestHost::new(installation, image, MACHINE)?;
-    host.share(nextest.parent().context("cargo-nextest is in no folder")?)?;
-    let program = installation.programs.join("xtask").display().to_string();
-    let nextest = nextest.display().to_string();
-    all(LANES, |number, _| {
-        let number = number.to_string();
-        let command = [&program, "--no-setup", "test-kvm", "--batch", &number, "--here", &nextest]
-            .map(|word: &str| word.to_owned());
-        run_in(&host, &Task { command: &command, stdin: false, console: false, limit: LIMIT })
-    })
+    let (lines, verdict) = if accelerator.is_kvm() {
+        let here = Here { installation, nextest: &nextest, metadata: &metadata, peers: &peers };
+        all(1, &peers, |_, batch| here.run_recorded(batch))
+    } else {
+        eprintln!("    a test host is needed here: {}", accelerator.reason);
+        let image = step("build the test host", || Image::build(Image::SUITE))?;
+        let mut host = TestHost::new(installation, image, MACHINE)?;
+        host.share(nextest.parent().context("cargo-nextest is in no folder")?)?;
+        let program = installation.programs.join("xtask").display().to_string();
+        let nextest = nextest.display().to_string();
+        let folder = format!("CAISSON_HYPERVISORS={}", peers.folder.display());
+        all(LANES, &peers, |number, _| {
+            let number = number.to_string();
+            let command =
+                ["/usr/bin/env", &folder, &program, "--no-setup", "test-kvm", "--batch", &number, "--here", &nextest]
+                    .map(|word: &str| word.to_owned());
+            run_in(&host, &Task { command: &command, stdin: false, console: false, limit: LIMIT })
+        })
+    };
+    fs::write(Results::path(installation), &lines).context("keep the results")?;
+    let results = Results::parse(&lines);
+    println!("\n{}", results.to_markdown(&peers.missing()));
+    results.summary().iter().for_each(|line| println!("{line}"));
+    verdict
 }
 
-/// Runs one batch on this machine, a test host, with what [`test`] has left.
+/// Runs one batch on this machine, a test host, with what [`test`] has left. Standard output gets the results.
 pub fn test_as_prepared(installation: &Installation, nextest: &Path, batch: usize) -> Result<ExitCode> {
     let batch = BATCHES.get(batch).with_context(|| format!("there is no batch {batch}"))?;
-    let metadata = Metadata::of(installation);
-    let fitness = Batch::suite("fitness", SIGN_OF_FITNESS);
-    if let Err(error) = fitness.run_with(installation, metadata.nextest(nextest, FITNESS_PROFILE)) {
+    let peers = Peers::as_prepared();
+    let here = Here { installation, nextest, metadata: &Metadata::of(installation), peers: &peers };
+    if let Err(error) = here.run(&Batch::suite("fitness", SIGN_OF_FITNESS), FITNESS_PROFILE, None) {
         eprintln!("    the test host is not fit for tests: {error:#}");
         return Ok(ExitCode::from(UNFIT));
     }
-    batch.run_here(installation, nextest, &metadata)?;
-    Ok(ExitCode::SUCCESS)
+    let (results, verdict) = here.run_recorded(batch)?;
+    print!("{results}");
+    verdict.map(|()| ExitCode::SUCCESS)
 }
 
-/// Runs every batch, `lanes` of them at a time, whatever became of the others.
-fn all(lanes: usize, run: impl Fn(usize, &Batch) -> Result<()> + Sync) -> Result<()> {
-    let (waiting, failed) = (Mutex::new(BATCHES.iter().enumerate()), Mutex::new(Vec::new()));
+/// Runs every batch, `lanes` of them at a time, whatever became of the others; and what they found, in lines.
+fn all(
+    lanes: usize,
+    peers: &Peers,
+    run: impl Fn(usize, &Batch) -> Result<(String, Result<()>)> + Sync,
+) -> (String, Result<()>) {
+    let batches = BATCHES.iter().enumerate().filter(|(_, batch)| batch.can_run(peers));
+    let (waiting, failed, lines) = (Mutex::new(batches), Mutex::new(Vec::new()), Mutex::new(String::new()));
     let next = || waiting.lock().expect("no lane panics").next();
     let lane = || {
         while let Some((number, batch)) = next() {
-            if let Err(error) = step(&format!("KVM: {}", batch.name), || run(number, batch)) {
+            let verdict = step(&format!("KVM: {}", batch.name), || {
+                let (found, verdict) = run(number, batch)?;
+                lines.lock().expect("no lane panics").push_str(&found);
+                verdict
+            });
+            if let Err(error) = verdict {
                 eprintln!("error: {}: {error:#}", batch.name);
                 failed.lock().expect("no lane panics").push(batch.name);
             }
@@ -135,17 +179,24 @@ fn all(lanes: usize, run: impl Fn(usize, &Batch) -> Result<()> + Sync) -> Result
     };
     std::thread::scope(|scope| (0..lanes).for_each(|_| drop(scope.spawn(lane))));
     let failed = failed.into_inner().expect("no lane panics");
-    if failed.is_empty() { Ok(()) } else { bail!("failed: {}", failed.join(", ")) }
+    let verdict = if failed.is_empty() { Ok(()) } else { Err(anyhow!("failed: {}", failed.join(", "))) };
+    (lines.into_inner().expect("no lane panics"), verdict)
 }
 
 /// A test host may die of its emulated processor, or not be fit from the start. That is told, and is no verdict on the tests:
 /// it boots again.
-fn run_in(host: &TestHost, task: &Task<'_>) -> Result<()> {
+fn run_in(host: &TestHost, task: &Task<'_>) -> Result<(String, Result<()>)> {
     for boot in 1..=BOOTS {
-        match host.run(task, &mut stdout()) {
-            Ok(0) => return Ok(()),
+        let mut output = Vec::new();
+        match host.run(task, &mut output) {
             Ok(UNFIT) => eprintln!("    boot {boot} of the test host: its emulated processor does not run guests well"),
-            Ok(code) => bail!("tests failed in the test host (exit code {code})"),
+            Ok(code) => {
+                let verdict = match code {
+                    0 => Ok(()),
+                    code => Err(anyhow!("tests failed in the test host (exit code {code})")),
+                };
+                return Ok((String::from_utf8_lossy(&output).into_owned(), verdict));
+            }
             Err(error) if boot < BOOTS => eprintln!("    boot {boot} of the test host: {error:#}"),
             Err(error) => return Err(error),
         }
@@ -154,15 +205,37 @@ fn run_in(host: &TestHost, task: &Task<'_>) -> Result<()> {
 }
 
 impl Batch {
-    fn run_here(&self, installation: &Installation, nextest: &Path, metadata: &Metadata) -> Result<()> {
-        self.run_with(installation, metadata.nextest(nextest, PROFILE))
+    fn can_run(&self, peers: &Peers) -> bool {
+        REQUIRED.contains(&self.hypervisor) || peers.found.contains(&self.hypervisor)
+    }
+}
+
+/// A machine where KVM works.
+struct Here<'a> {
+    installation: &'a Installation,
+    nextest: &'a Path,
+    metadata: &'a Metadata,
+    peers: &'a Peers,
+}
+
+impl Here<'_> {
+    /// Runs a batch; what it found, in lines, and whether its tests passed.
+    fn run_recorded(&self, batch: &Batch) -> Result<(String, Result<()>)> {
+        let results = tempfile::NamedTempFile::new().context("make a file for the results")?;
+        let verdict = self.run(batch, PROFILE, Some(results.path()));
+        Ok((fs::read_to_string(results.path()).context("read the results")?, verdict))
     }
 
-    fn run_with(&self, installation: &Installation, mut command: Command) -> Result<()> {
-        command.args(["-E", self.tests]).env("CAISSON_REQUIRED_BACKENDS", REQUIRED);
-        command.env("TESTBED_HYPERVISOR", self.hypervisor).env("TESTBED_OPTIONS", self.options);
-        command.env("TESTBED_KERNEL", installation.kernel.with_file_name(self.kernel));
-        command.env("CAISSON_LAUNCHERS", &installation.programs);
+    fn run(&self, batch: &Batch, profile: &str, results: Option<&Path>) -> Result<()> {
+        // It boots no kernel of Debian's.
+        let found = self.peers.found.iter().filter(|name| **name != "stratovirt");
+        let required: Vec<&str> = REQUIRED.iter().chain(found).copied().collect();
+        let mut command = self.metadata.nextest(self.nextest, profile);
+        command.args(["-E", batch.tests]).env("CAISSON_REQUIRED_BACKENDS", required.join(" "));
+        command.env("TESTBED_HYPERVISOR", batch.hypervisor).env("TESTBED_OPTIONS", batch.options);
+        command.env("TESTBED_KERNEL", self.installation.kernel.with_file_name(batch.kernel));
+        command.env("CAISSON_LAUNCHERS", &self.installation.programs).env("CAISSON_HYPERVISORS", &self.peers.folder);
+        command.envs(results.map(|results| ("CAISSON_RESULTS", results)));
         run(&mut command)
     }
 }

@@ -6,6 +6,8 @@ mod demo;
 mod interrupt;
 mod kvm_tests;
 mod packages;
+mod peers;
+mod results;
 mod setup;
 mod step;
 mod test;
@@ -48,6 +50,12 @@ enum Command {
         #[arg(long, hide = true, default_value_t = 0)]
         batch: usize,
     },
+    /// Prints what the last KVM tests found of each hypervisor, as a Markdown table
+    Results {
+        /// The file of their results, one in JSON on each line
+        #[arg(long)]
+        file: Option<PathBuf>,
+    },
     /// Measures
     #[command(subcommand)]
     Bench(bench::Command),
@@ -81,6 +89,10 @@ fn run(cli: Cli) -> Result<ExitCode> {
             return kvm_tests::test_as_prepared(&installation, &nextest, batch);
         }
         Command::TestKvm { here: None, .. } => kvm_tests::test(&installation)?,
+        Command::Results { file } => {
+            let file = file.unwrap_or_else(|| results::Results::path(&installation));
+            print!("{}", results::Results::read(&file)?.to_markdown(&[]));
+        }
         Command::Bench(command) => bench::run(&installation, &command)?,
         Command::TestHost(command) => return test_host::run(&installation, &command),
     }

@@ -15,7 +15,7 @@ use caisson_protocol::{
     vmm::{self, CreateRequest, CreateResponse, Device, VmConfig, WaitResponse, device::Kind},
     vmm_ttrpc::VmmClient,
 };
-use caisson_testbed::Installation;
+use caisson_testbed::{Installation, Recording};
 use tempfile::TempDir;
 use tokio::{
     net::UnixStream,
@@ -34,6 +34,7 @@ macro_rules! for_each_backend {
         $crate::fixture::for_backend!(builtin, Builtin, $($test),+);
         $crate::fixture::for_backend!(cloud_hypervisor, CloudHypervisor, $($test),+);
         $crate::fixture::for_backend!(firecracker, Firecracker, $($test),+);
+        $crate::fixture::for_backend!(stratovirt, StratoVirt, $($test),+);
     };
 }
 
@@ -46,8 +47,9 @@ macro_rules! for_backend {
             $(
                 #[tokio::test]
                 async fn $test() {
-                    if Backend::$backend.can_run() {
+                    if let Some(mut recording) = Backend::$backend.record() {
                         super::$test(Backend::$backend).await;
+                        recording.pass();
                     }
                 }
             )+
@@ -64,6 +66,7 @@ pub enum Backend {
     Builtin,
     CloudHypervisor,
     Firecracker,
+    StratoVirt,
 }
 
 impl Backend {
@@ -74,6 +77,7 @@ impl Backend {
             Self::Builtin => "builtin",
             Self::CloudHypervisor => "cloud-hypervisor",
             Self::Firecracker => "firecracker",
+            Self::StratoVirt => "stratovirt",
         }
     }
 
@@ -89,7 +93,7 @@ impl Backend {
         match self {
             Self::Qemu if kvm().is_ok() => "accel = \"kvm\"".into(),
             Self::Qemu => "accel = \"tcg\"".into(),
-            Self::Builtin | Self::CloudHypervisor | Self::Firecracker => String::new(),
+            Self::Builtin | Self::CloudHypervisor | Self::Firecracker | Self::StratoVirt => String::new(),
         }
     }
 
@@ -98,12 +102,17 @@ impl Backend {
     pub fn hypervisor(self) -> Result<String, String> {
         match self {
             Self::Qemu | Self::Builtin => Ok(String::new()),
-            Self::CloudHypervisor | Self::Firecracker => {
+            Self::CloudHypervisor | Self::Firecracker | Self::StratoVirt => {
                 let folder = env::var_os("CAISSON_HYPERVISORS").map_or_else(|| "/usr/bin".into(), PathBuf::from);
                 let path = folder.join(self.name());
                 if path.exists() { Ok(text(&path)) } else { Err(format!("there is no {}", path.display())) }
             }
         }
+    }
+
+    /// Whether its guests can have virtio-fs.
+    pub fn shares_directories(self) -> bool {
+        self != Self::Firecracker
     }
 
     /// How it ends when its guest powers off.
@@ -112,29 +121,57 @@ impl Backend {
             Self::Qemu | Self::Builtin | Self::CloudHypervisor => "the guest powered off",
             // It has no power switch.
             Self::Firecracker => "the guest rebooted, which ends its VM",
+            Self::StratoVirt => "the guest ended itself",
         }
     }
 
-    /// Whether guests run with it here; says why not.
-    pub fn can_run(self) -> bool {
+    /// Whether guests run with it here.
+    fn able(self) -> Result<(), String> {
         let launcher = self.launcher();
-        let able = match self {
+        match self {
             _ if !launcher.exists() => Err(format!("{} is not built", launcher.display())),
             Self::Qemu => Ok(()),
             Self::Builtin => kvm().clone(),
-            Self::CloudHypervisor | Self::Firecracker => self.hypervisor().and_then(|_| kvm().clone()),
-        };
-        if let Err(why) = &able {
+            Self::StratoVirt if env::var_os(STRATOVIRT_KERNEL).is_none() => {
+                Err(format!("it boots no kernel of Debian's; ${STRATOVIRT_KERNEL} names none that it does"))
+            }
+            Self::CloudHypervisor | Self::Firecracker | Self::StratoVirt => {
+                self.hypervisor().and_then(|_| kvm().clone())
+            }
+        }
+    }
+
+    /// The one among `images` that it boots.
+    pub fn kernel(self, images: &Images) -> PathBuf {
+        match (self, env::var_os(STRATOVIRT_KERNEL)) {
+            (Self::StratoVirt, Some(kernel)) => kernel.into(),
+            _ => images.kernel.clone(),
+        }
+    }
+
+    /// Begins the test of this thread, if guests run with it here; says why not.
+    pub fn record(self) -> Option<Recording> {
+        if let Err(why) = self.able() {
             eprintln!("not run with {}: {why}", self.name());
+            Recording::not_run(self.name(), &why);
             let required = std::env::var(REQUIRED).unwrap_or_default();
             assert!(!required.split(' ').any(|name| name == self.name()), "${REQUIRED} demands {}", self.name());
+            return None;
         }
-        able.is_ok()
+        let program = match self {
+            Self::Qemu => Some(PathBuf::from("/usr/bin/qemu-system-x86_64")),
+            Self::Builtin => None,
+            Self::CloudHypervisor | Self::Firecracker | Self::StratoVirt => self.hypervisor().ok().map(PathBuf::from),
+        };
+        Some(Recording::begin(self.name(), program.as_deref()))
     }
 }
 
 /// Names of backends that must not be passed over, where the test's caller knows that they can run.
 const REQUIRED: &str = "CAISSON_REQUIRED_BACKENDS";
+
+/// A bzImage for StratoVirt: with MPTable and virtio-mmio devices from the command line, which Debian's has not.
+const STRATOVIRT_KERNEL: &str = "CAISSON_STRATOVIRT_KERNEL";
 
 /// Whether KVM runs guests here.
 fn kvm() -> &'static Result<(), String> {
@@ -272,7 +309,7 @@ impl Launcher {
     pub fn request(&self, images: &Images, what: &str) -> CreateRequest {
         let vm = VmConfig {
             hypervisor_path: self.backend.hypervisor().unwrap_or_default(),
-            kernel: text(&images.kernel),
+            kernel: text(&self.backend.kernel(images)),
             initrd: text(&images.initrd),
             kernel_params: format!("rdinit=/test-init do={what}"),
             vcpus: 1,

@@ -42,7 +42,7 @@ async fn a_guest_that_powers_off_ends_its_vm(backend: Backend) {
     let created = launcher.create(&request).await.unwrap();
     match backend {
         Backend::Builtin => assert_eq!(launcher.child.id(), Some(created.pid)),
-        Backend::Qemu | Backend::CloudHypervisor | Backend::Firecracker => {
+        Backend::Qemu | Backend::CloudHypervisor | Backend::Firecracker | Backend::StratoVirt => {
             assert_eq!(children(launcher.child.id().unwrap()), [created.pid]);
         }
     }
@@ -152,13 +152,15 @@ async fn a_killed_launcher_leaves_no_process(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let mut launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "sleep");
-    let fs = Fs {
-        tag: "share".into(),
-        shared_dir: "/tmp".into(),
-        daemon_path: text(&images.virtiofsd),
-        ..Default::default()
-    };
-    request.vm.as_mut().unwrap().devices = vec![device("fs", Kind::Fs(fs))];
+    if backend.shares_directories() {
+        let fs = Fs {
+            tag: "share".into(),
+            shared_dir: "/tmp".into(),
+            daemon_path: text(&images.virtiofsd),
+            ..Default::default()
+        };
+        request.vm.as_mut().unwrap().devices = vec![device("fs", Kind::Fs(fs))];
+    }
     launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
     let children = children(launcher.child.id().unwrap());

@@ -75,6 +75,7 @@ async fn an_unknown_option_is_refused_with_the_known_ones(backend: Backend) {
         Backend::Builtin => "`file_server`",
         Backend::CloudHypervisor => "`landlock`",
         Backend::Firecracker => "`spare_writable_disks`",
+        Backend::StratoVirt => "`seccomp`",
     };
     assert!(status.message.contains("`colour`") && status.message.contains(known), "{status}");
 }

@@ -18,18 +18,22 @@ for_backend!(qemu_only, Qemu, the_options_are_told_as_json);
 fn start(backend: Backend, images: &Images, what: &str) -> Child {
     let options = backend.options().replace(" = ", "=");
     let options = options.lines().flat_map(|option| ["--set", option]);
-    let hypervisor = backend.hypervisor().unwrap_or_default();
-    let hypervisor = (!hypervisor.is_empty()).then(|| ["--hypervisor".to_owned(), hypervisor]);
     Command::new(backend.launcher())
-        .args(["run", "--memory", "192", "--kernel", &text(&images.kernel)])
+        .args(["run", "--memory", "192", "--kernel", &text(&backend.kernel(images))])
         .args(["--initrd", &text(&images.initrd), "--append", &format!("rdinit=/test-init do={what}")])
         .args(options)
-        .args(hypervisor.into_iter().flatten())
+        .args(hypervisor(backend))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap()
+}
+
+/// Where the one under test is, if that is not the launcher's default.
+fn hypervisor(backend: Backend) -> Vec<String> {
+    let path = backend.hypervisor().unwrap_or_default();
+    if path.is_empty() { Vec::new() } else { vec!["--hypervisor".to_owned(), path] }
 }
 
 async fn a_guest_in_a_pipe_hears_its_input_and_ends_well(backend: Backend) {
@@ -53,7 +57,8 @@ async fn a_guest_that_panics_ends_badly_with_one_sentence(backend: Backend) {
 }
 
 async fn a_missing_kernel_is_told_with_its_path(backend: Backend) {
-    let output = Command::new(backend.launcher()).args(["run", "--kernel", "/nonexistent/k"]).output().unwrap();
+    let mut command = Command::new(backend.launcher());
+    let output = command.args(["run", "--kernel", "/nonexistent/k"]).args(hypervisor(backend)).output().unwrap();
     assert_eq!(
         String::from_utf8_lossy(&output.stderr),
         format!(

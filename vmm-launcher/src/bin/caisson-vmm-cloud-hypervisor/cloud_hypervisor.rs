@@ -18,7 +18,6 @@ use caisson_protocol::vmm::{
 use caisson_vmm_launcher::{
     Error, Result,
     console::{self, Audience, Console},
-    http_api::{DEADLINE, HttpApi},
     hypervisor::{Created, Hypervisor},
     jail::{self, Jail},
     kernel, kvm, metrics,
@@ -28,12 +27,12 @@ use caisson_vmm_launcher::{
     virtiofsd::{Virtiofsd, any_failed, connected_listener},
     vm::exit,
 };
-use hyper::Method;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::{net::UnixStream, time::timeout};
 use tracing::{debug, info};
 
 use crate::{
+    api::Api,
     configuration::{self, Configuration},
     events::Events,
     hotplug::Attached,
@@ -42,12 +41,6 @@ use crate::{
     version,
 };
 
-/// Cloud Hypervisor is ready in some milliseconds, unless the host is very busy.
-const START_DEADLINE: Duration = Duration::from_secs(30);
-/// A guest with much memory takes its time.
-const BOOT_DEADLINE: Duration = Duration::from_secs(60);
-/// The guest's memory is written to a disk, or read.
-const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(300);
 /// How much later than it refuses something Cloud Hypervisor may end because of that.
 const END_AFTER_REFUSAL: Duration = Duration::from_millis(100);
 /// A file server ends when Cloud Hypervisor closes its connection, and that is shortly before it has quite ended.
@@ -60,7 +53,7 @@ const LANDLOCK_VERSION: u32 = 3;
 /// A running Cloud Hypervisor.
 pub struct CloudHypervisor {
     process: Process,
-    api: HttpApi,
+    api: Api,
     events: Events,
     console: Console,
     attached: Attached,
@@ -112,8 +105,7 @@ impl Hypervisor for CloudHypervisor {
         let landlock = uses_landlock(options.landlock)?;
         let configuration = Configuration::of(vm, &options, landlock, run_dir)?;
         let started = start(run_dir, vm, &options, Jail::default()).await?;
-        let body = Some(&configuration.body);
-        let created = started.api.request(Method::PUT, "/api/v1/vm.create", body, DEADLINE).await;
+        let created = started.api.create(&configuration.body).await;
         started.into_created(created, vm, configuration.devices, audience).await
     }
 
@@ -131,25 +123,24 @@ impl Hypervisor for CloudHypervisor {
         let mut jail = Jail::default();
         jail.show(&request.directory, SNAPSHOT, false);
         let started = start(run_dir, vm, &options, jail).await?;
-        let body = json!({ "source_url": format!("file://{SNAPSHOT}") });
-        let restored = started.api.request(Method::PUT, "/api/v1/vm.restore", Some(&body), SNAPSHOT_DEADLINE).await;
+        let restored = started.api.restore(SNAPSHOT).await;
         started.into_created(restored, vm, devices, audience).await
     }
 
     async fn boot(&self) -> Result<()> {
-        self.api.request(Method::PUT, "/api/v1/vm.boot", None, BOOT_DEADLINE).await.map(drop)
+        self.api.boot().await
     }
 
     async fn power_off(&self) -> Result<()> {
-        self.api.act("/api/v1/vm.power-button").await.map(drop)
+        self.api.press_power_button().await
     }
 
     async fn pause(&self) -> Result<()> {
-        self.api.act("/api/v1/vm.pause").await.map(drop)
+        self.api.pause().await
     }
 
     async fn resume(&self) -> Result<()> {
-        self.api.act("/api/v1/vm.resume").await.map(drop)
+        self.api.resume().await
     }
 
     async fn attach(&self, device: &Device) -> Result<GuestDevice> {
@@ -163,20 +154,19 @@ impl Hypervisor for CloudHypervisor {
     async fn snapshot(&self, request: &SnapshotRequest) -> Result<()> {
         let pid = self.process.pid();
         jail::show(pid, Path::new(&request.directory), Path::new(SNAPSHOT), true).await?;
-        let body = json!({ "destination_url": format!("file://{SNAPSHOT}") });
-        let made = self.api.request(Method::PUT, "/api/v1/vm.snapshot", Some(&body), SNAPSHOT_DEADLINE).await;
+        let made = self.api.snapshot(SNAPSHOT).await;
         let hidden = jail::hide(pid, Path::new(SNAPSHOT)).await;
         made.and(hidden)
     }
 
     async fn resize_vcpus(&self, request: &ResizeVcpusRequest) -> Result<u32> {
-        self.api.put("/api/v1/vm.resize", &json!({ "desired_vcpus": request.vcpus })).await?;
+        self.api.resize_vcpus(request.vcpus).await?;
         self.size.lock().expect("nobody panics with the size").vcpus = request.vcpus;
         Ok(request.vcpus)
     }
 
     async fn resize_memory(&self, request: &ResizeMemoryRequest) -> Result<u64> {
-        self.api.put("/api/v1/vm.resize", &json!({ "desired_ram": request.memory_mib << 20 })).await?;
+        self.api.resize_memory(request.memory_mib).await?;
         self.size.lock().expect("nobody panics with the size").memory_mib = request.memory_mib;
         Ok(request.memory_mib)
     }
@@ -230,7 +220,7 @@ impl Hypervisor for CloudHypervisor {
         metrics.number(metrics::MEMORY, size.memory_mib << 20);
         metrics.number(metrics::VCPUS, size.vcpus.into());
         // Before the boot there is nothing to count, and it says so by refusing.
-        let counters = self.api.get("/api/v1/vm.counters").await.unwrap_or_default();
+        let counters = self.api.counters().await.unwrap_or_default();
         for (key, family) in [
             ("read_bytes", metrics::BLOCK_READ),
             ("write_bytes", metrics::BLOCK_WRITTEN),
@@ -247,7 +237,7 @@ impl Hypervisor for CloudHypervisor {
 /// A Cloud Hypervisor without a VM.
 struct Started {
     process: Process,
-    api: HttpApi,
+    api: Api,
     events: Events,
     file_servers: Vec<Virtiofsd>,
     run_dir: RunDir,
@@ -281,7 +271,7 @@ async fn start(run_dir: &Path, vm: &VmConfig, options: &Options, mut jail: Jail)
     let streams = Streams { stdin: Stdio::null(), stdout: Stdio::null() };
     let program = Path::new(&vm.hypervisor_path);
     let process = jail.start(program, &arguments, vec![listener, monitor], streams)?;
-    let api = HttpApi::over("Cloud Hypervisor", stream).await?;
+    let api = Api::over(stream).await?;
     let started_up = Started { process, api, events, file_servers, run_dir };
     let answered = tokio::select! {
         // What ended explains why nothing answers.
@@ -291,11 +281,11 @@ async fn start(run_dir: &Path, vm: &VmConfig, options: &Options, mut jail: Jail)
             let ended = started_up.process.describe(&ended);
             Err(Error::Hypervisor(format!("Cloud Hypervisor did not start: {ended}")))
         }
-        answered = started_up.api.request(Method::GET, "/api/v1/vmm.ping", None, START_DEADLINE) => answered,
+        answered = started_up.api.ping() => answered,
     };
     match answered {
-        Ok(ping) => {
-            info!(start = ?started.elapsed(), version = %ping["version"], "Cloud Hypervisor started");
+        Ok(version) => {
+            info!(start = ?started.elapsed(), version, "Cloud Hypervisor started");
             Ok(started_up)
         }
         Err(error) => Err(started_up.end(error).await),
@@ -306,7 +296,7 @@ impl Started {
     /// A VM, unless Cloud Hypervisor refused it; then everything ends first.
     async fn into_created(
         self,
-        done: Result<Value>,
+        done: Result<()>,
         vm: &VmConfig,
         devices: Vec<GuestDevice>,
         audience: Audience,

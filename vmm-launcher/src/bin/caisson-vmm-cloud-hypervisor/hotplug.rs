@@ -4,14 +4,14 @@
 use std::{collections::HashMap, path::Path, sync::Mutex, time::Duration};
 
 use caisson_protocol::vmm::{Device, GuestDevice, device::Kind};
-use caisson_vmm_launcher::{Error, Result, http_api::HttpApi, jail, virtiofsd::Virtiofsd};
-use serde_json::json;
+use caisson_vmm_launcher::{Error, Result, jail, virtiofsd::Virtiofsd};
 use tokio::{
     sync::broadcast::{Receiver, error::RecvError},
     time::timeout,
 };
 
 use crate::{
+    api::Api,
     configuration::{self, hotpluggable},
     events,
     layout::{self, RunDir},
@@ -34,17 +34,13 @@ struct HostSide {
 
 impl Attached {
     /// Adds `device` to the VM that is process `jailed`, and answers where the guest finds it.
-    pub async fn attach(&self, device: &Device, jailed: u32, run_dir: &RunDir, api: &HttpApi) -> Result<GuestDevice> {
+    pub async fn attach(&self, device: &Device, jailed: u32, run_dir: &RunDir, api: &Api) -> Result<GuestDevice> {
         let (list, body) = hotpluggable(device)?;
         if self.lock().contains_key(&device.id) {
             return Err(Error::Invalid(format!("a device is attached as \"{}\" already", device.id)));
         }
         let host_side = HostSide::make(device, jailed, run_dir).await?;
-        let path = match list {
-            "disks" => "/api/v1/vm.add-disk".to_owned(),
-            list => format!("/api/v1/vm.add-{list}"),
-        };
-        if let Err(refusal) = api.put(&path, &body).await {
+        if let Err(refusal) = api.add(list, &body).await {
             host_side.end(jailed).await?;
             return Err(refusal);
         }
@@ -58,7 +54,7 @@ impl Attached {
         &self,
         id: &str,
         jailed: u32,
-        api: &HttpApi,
+        api: &Api,
         mut events: Receiver<serde_json::Value>,
     ) -> Result<()> {
         if !self.lock().contains_key(id) {
@@ -67,7 +63,7 @@ impl Attached {
                 id.escape_debug()
             )));
         }
-        api.put("/api/v1/vm.remove-device", &json!({ "id": id })).await?;
+        api.remove_device(id).await?;
         let gone = async {
             loop {
                 match events.recv().await {

@@ -3,6 +3,7 @@
 //! This folder holds Cloud Hypervisor's API and what it can do; everything else is in the library. Cloud Hypervisor runs
 //! in the library's jail, under its own seccomp filters and, where the host has it, Landlock.
 
+mod api;
 mod cloud_hypervisor;
 mod configuration;
 mod events;

@@ -4,10 +4,10 @@
 use std::{collections::HashMap, path::Path, sync::Mutex};
 
 use caisson_protocol::vmm::Block;
-use caisson_vmm_launcher::{Error, Result, http_api::HttpApi, jail};
-use serde_json::json;
+use caisson_vmm_launcher::{Error, Result, jail};
 
 use crate::{
+    api::Api,
     configuration::iface,
     layout::{self, EMPTY},
     options::Options,
@@ -50,7 +50,7 @@ impl Spares {
     }
 
     /// Puts `block` behind a spare disk of the VM that is process `jailed`.
-    pub async fn attach(&self, id: &str, block: &Block, jailed: u32, api: &HttpApi) -> Result<()> {
+    pub async fn attach(&self, id: &str, block: &Block, jailed: u32, api: &Api) -> Result<()> {
         let spare = self.take(id, !block.read_only)?;
         let inside = layout::disk(id);
         let attached = async {
@@ -69,7 +69,7 @@ impl Spares {
     }
 
     /// Takes what was attached as `id` from behind its disk, whether the guest still uses it or not.
-    pub async fn detach(&self, id: &str, jailed: u32, api: &HttpApi) -> Result<()> {
+    pub async fn detach(&self, id: &str, jailed: u32, api: &Api) -> Result<()> {
         let spare = self.lock().attached.get(id).cloned().ok_or_else(|| {
             Error::Invalid(format!("no device was attached as \"{}\" while the VM ran", id.escape_debug()))
         })?;
@@ -113,9 +113,8 @@ impl Spares {
     }
 }
 
-async fn change(api: &HttpApi, spare: &Spare, path: &str) -> Result<()> {
-    let id = iface(&spare.id);
-    api.patch(&format!("/drives/{id}"), &json!({ "drive_id": id, "path_on_host": path })).await.map(drop)
+async fn change(api: &Api, spare: &Spare, path: &str) -> Result<()> {
+    api.change_drive(&iface(&spare.id), path).await
 }
 
 #[cfg(test)]

@@ -17,7 +17,6 @@ use caisson_protocol::vmm::{
 use caisson_vmm_launcher::{
     Error, Result,
     console::{self, Audience, Console},
-    http_api::HttpApi,
     hypervisor::{Created, Hypervisor},
     jail::{self, Jail},
     kernel::{self, KernelFormat},
@@ -27,12 +26,12 @@ use caisson_vmm_launcher::{
     request,
     vm::exit,
 };
-use hyper::Method;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::time::timeout;
 use tracing::{debug, info};
 
 use crate::{
+    api::{Api, SnapshotFiles},
     configuration::{self, Configuration, iface, memory_to_add},
     disks::{Spares, spares},
     layout::{self, API, LOG, METRICS, RunDir, SNAPSHOT},
@@ -45,8 +44,6 @@ use crate::{
 
 /// Firecracker is ready in some milliseconds, unless the host is very busy.
 const START_DEADLINE: Duration = Duration::from_secs(30);
-/// The guest's memory is written to a disk, or read.
-const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(300);
 /// How much later than it refuses something Firecracker may end because of that.
 const END_AFTER_REFUSAL: Duration = Duration::from_millis(100);
 /// `MAX_SUPPORTED_VCPUS`.
@@ -57,7 +54,7 @@ const BAD_SYSCALL: i32 = 148;
 /// A running Firecracker.
 pub struct Firecracker {
     process: Process,
-    api: HttpApi,
+    api: Api,
     console: Console,
     log: Log,
     counters: Counters,
@@ -97,13 +94,7 @@ impl Hypervisor for Firecracker {
         let configuration = Configuration::of(vm, &options, run_dir)?;
         check_kernel(vm).await?;
         let firecracker = start(run_dir, vm, &options, audience, Jail::default()).await?;
-        let configured = async {
-            for (path, body) in &configuration.calls {
-                firecracker.api.put(path, body).await?;
-            }
-            Ok(())
-        };
-        let configured = configured.await;
+        let configured = firecracker.api.configure(&configuration.calls).await;
         firecracker.made(configured, configuration.devices).await
     }
 
@@ -121,29 +112,27 @@ impl Hypervisor for Firecracker {
         let mut jail = Jail::default();
         jail.show(&request.directory, SNAPSHOT, false);
         let firecracker = start(run_dir, vm, &options, audience, jail).await?;
-        let load = load(vm);
-        let loaded = firecracker.api.request(Method::PUT, "/snapshot/load", Some(&load), SNAPSHOT_DEADLINE).await;
+        let loaded = firecracker.api.load_snapshot(&snapshot_files(), &taps(vm)).await;
         firecracker.booted.store(true, Ordering::Relaxed);
-        firecracker.made(loaded.map(drop), devices).await
+        firecracker.made(loaded, devices).await
     }
 
     async fn boot(&self) -> Result<()> {
-        let start = json!({ "action_type": "InstanceStart" });
-        self.api.put("/actions", &start).await?;
+        self.api.start().await?;
         self.booted.store(true, Ordering::Relaxed);
         Ok(())
     }
 
     async fn power_off(&self) -> Result<()> {
-        self.api.put("/actions", &json!({ "action_type": "SendCtrlAltDel" })).await.map(drop)
+        self.api.press_ctrl_alt_del().await
     }
 
     async fn pause(&self) -> Result<()> {
-        self.api.patch("/vm", &json!({ "state": "Paused" })).await.map(drop)
+        self.api.pause().await
     }
 
     async fn resume(&self) -> Result<()> {
-        self.api.patch("/vm", &json!({ "state": "Resumed" })).await.map(drop)
+        self.api.resume().await
     }
 
     async fn attach(&self, device: &Device) -> Result<GuestDevice> {
@@ -172,12 +161,7 @@ impl Hypervisor for Firecracker {
         }
         let pid = self.process.pid();
         jail::show(pid, Path::new(&request.directory), Path::new(SNAPSHOT), true).await?;
-        let body = json!({
-            "snapshot_type": "Full",
-            "snapshot_path": format!("{SNAPSHOT}/state"),
-            "mem_file_path": format!("{SNAPSHOT}/memory"),
-        });
-        let made = self.api.request(Method::PUT, "/snapshot/create", Some(&body), SNAPSHOT_DEADLINE).await;
+        let made = self.api.create_snapshot(&snapshot_files()).await;
         let hidden = jail::hide(pid, Path::new(SNAPSHOT)).await;
         made.and(hidden)
     }
@@ -192,7 +176,7 @@ impl Hypervisor for Firecracker {
         }
         let more = request.memory_mib - self.memory_mib;
         if self.more_memory_mib > 0 {
-            self.api.patch("/hotplug/memory", &json!({ "requested_size_mib": more })).await?;
+            self.api.request_memory(more).await?;
         }
         Ok(request.memory_mib)
     }
@@ -275,9 +259,9 @@ async fn start(
         let (pid, seconds) = (process.pid(), START_DEADLINE.as_secs());
         Error::Hypervisor(format!("Firecracker (pid {pid}) did not answer within {seconds} s of its start"))
     })?;
-    let api = HttpApi::over("Firecracker", stream).await?;
+    let api = Api::over(stream).await?;
     // From here on only what goes wrong is of interest.
-    api.put("/logger", &json!({ "level": "Warning" })).await?;
+    api.log_warnings_only().await?;
     log.forget();
     info!(start = ?started.elapsed(), "Firecracker started");
     Ok(Firecracker {
@@ -356,18 +340,17 @@ async fn check_kernel(vm: &VmConfig) -> Result<()> {
     )))
 }
 
-/// The body of `PUT /snapshot/load`: the disks and the vsock are where they were, the taps may be others.
-fn load(vm: &VmConfig) -> Value {
+fn snapshot_files() -> SnapshotFiles {
+    SnapshotFiles { state: format!("{SNAPSHOT}/state"), memory: format!("{SNAPSHOT}/memory") }
+}
+
+/// The disks and the vsock of a snapshot are where they were; the taps may be others.
+fn taps(vm: &VmConfig) -> Vec<(String, String)> {
     let taps = vm.devices.iter().filter_map(|device| match &device.kind {
-        Some(Kind::Net(net)) => Some(json!({ "iface_id": iface(&device.id), "host_dev_name": net.tap })),
+        Some(Kind::Net(net)) => Some((iface(&device.id), net.tap.clone())),
         _ => None,
     });
-    json!({
-        "snapshot_path": format!("{SNAPSHOT}/state"),
-        "mem_backend": { "backend_type": "File", "backend_path": format!("{SNAPSHOT}/memory") },
-        "resume_vm": false,
-        "network_overrides": taps.collect::<Vec<_>>(),
-    })
+    taps.collect()
 }
 
 /// What a Firecracker of this version can do.

@@ -3,6 +3,7 @@
 //! This folder holds Firecracker's API and what it can do; everything else is in the library. Firecracker runs in the
 //! library's jail, under its own seccomp filters.
 
+mod api;
 mod configuration;
 mod disks;
 mod firecracker;

@@ -10,10 +10,9 @@ use std::{
 
 use caisson_vmm_launcher::{
     Error, Result,
-    http_api::HttpApi,
     metrics::{BLOCK_READ, BLOCK_WRITTEN, Family, Metrics, NET_RECEIVED, NET_SENT},
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader},
     net::unix::pipe,
@@ -21,6 +20,8 @@ use tokio::{
     task::AbortHandle,
     time::timeout,
 };
+
+use crate::api::Api;
 
 /// Firecracker writes before it answers, unless the pipe is full.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -108,10 +109,10 @@ impl Counters {
     ///
     /// # Errors
     /// When Firecracker does not tell.
-    pub async fn text(&self, api: &HttpApi) -> Result<String> {
+    pub async fn text(&self, api: &Api) -> Result<String> {
         let mut told = self.told.clone();
         told.mark_unchanged();
-        api.put("/actions", &json!({ "action_type": "FlushMetrics" })).await?;
+        api.flush_metrics().await?;
         let told = timeout(DEADLINE, told.changed()).await;
         told.map_err(|_| Error::Hypervisor("Firecracker does not tell what it counts".into())).map(drop)?;
         Ok(self.sums.lock().expect("no reader panics").text())
@@ -126,6 +127,8 @@ impl Drop for Counters {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]

@@ -1,0 +1,118 @@
+//! Cloud Hypervisor's API: one method for each thing that is asked of it.
+
+#[cfg(test)]
+mod fake;
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
+
+use caisson_vmm_launcher::{
+    Result,
+    http_api::{DEADLINE, HttpApi},
+};
+use hyper::Method;
+use serde_json::{Value, json};
+use tokio::net::UnixStream;
+
+/// Cloud Hypervisor is ready in some milliseconds, unless the host is very busy.
+const START_DEADLINE: Duration = Duration::from_secs(30);
+/// A guest with much memory takes its time.
+const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+/// The guest's memory is written to a disk, or read.
+const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(300);
+
+/// A connection to one Cloud Hypervisor.
+#[derive(Debug)]
+pub struct Api(HttpApi);
+
+impl Api {
+    /// On `stream`, which Cloud Hypervisor need not have taken yet.
+    ///
+    /// # Errors
+    /// When the connection has ended already.
+    pub async fn over(stream: UnixStream) -> Result<Self> {
+        HttpApi::over("Cloud Hypervisor", stream).await.map(Self)
+    }
+
+    /// Waits until it answers; its version.
+    pub async fn ping(&self) -> Result<String> {
+        let ping = self.request(Method::GET, "vmm.ping", None, START_DEADLINE).await?;
+        Ok(ping["version"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Tells it what the VM consists of.
+    pub async fn create(&self, configuration: &Value) -> Result<()> {
+        self.put("vm.create", configuration).await
+    }
+
+    /// Makes the VM that a snapshot in `directory` holds, paused; the directory as Cloud Hypervisor sees it.
+    pub async fn restore(&self, directory: &str) -> Result<()> {
+        let body = json!({ "source_url": format!("file://{directory}") });
+        self.request(Method::PUT, "vm.restore", Some(&body), SNAPSHOT_DEADLINE).await.map(drop)
+    }
+
+    /// Starts the guest.
+    pub async fn boot(&self) -> Result<()> {
+        self.request(Method::PUT, "vm.boot", None, BOOT_DEADLINE).await.map(drop)
+    }
+
+    /// Presses the button by which the guest is asked to end.
+    pub async fn press_power_button(&self) -> Result<()> {
+        self.act("vm.power-button").await
+    }
+
+    /// Stops the vCPUs.
+    pub async fn pause(&self) -> Result<()> {
+        self.act("vm.pause").await
+    }
+
+    /// Lets stopped vCPUs run.
+    pub async fn resume(&self) -> Result<()> {
+        self.act("vm.resume").await
+    }
+
+    /// Writes a paused guest to `directory`, as Cloud Hypervisor sees it.
+    pub async fn snapshot(&self, directory: &str) -> Result<()> {
+        let body = json!({ "destination_url": format!("file://{directory}") });
+        self.request(Method::PUT, "vm.snapshot", Some(&body), SNAPSHOT_DEADLINE).await.map(drop)
+    }
+
+    /// Gives the guest `vcpus` vCPUs.
+    pub async fn resize_vcpus(&self, vcpus: u32) -> Result<()> {
+        self.put("vm.resize", &json!({ "desired_vcpus": vcpus })).await
+    }
+
+    /// Gives the guest `mib` of memory.
+    pub async fn resize_memory(&self, mib: u64) -> Result<()> {
+        self.put("vm.resize", &json!({ "desired_ram": mib << 20 })).await
+    }
+
+    /// Adds a device to the list of the configuration that it belongs to.
+    pub async fn add(&self, list: &str, device: &Value) -> Result<()> {
+        let kind = if list == "disks" { "disk" } else { list };
+        self.put(&format!("vm.add-{kind}"), device).await
+    }
+
+    /// Asks the guest to let go of a device; an event tells when it has.
+    pub async fn remove_device(&self, id: &str) -> Result<()> {
+        self.put("vm.remove-device", &json!({ "id": id })).await
+    }
+
+    /// What each device has done, by its id.
+    pub async fn counters(&self) -> Result<Value> {
+        self.request(Method::GET, "vm.counters", None, DEADLINE).await
+    }
+
+    async fn act(&self, what: &str) -> Result<()> {
+        self.request(Method::PUT, what, None, DEADLINE).await.map(drop)
+    }
+
+    async fn put(&self, what: &str, body: &Value) -> Result<()> {
+        self.request(Method::PUT, what, Some(body), DEADLINE).await.map(drop)
+    }
+
+    async fn request(&self, method: Method, what: &str, body: Option<&Value>, limit: Duration) -> Result<Value> {
+        self.0.request(method, &format!("/api/v1/{what}"), body, limit).await
+    }
+}

@@ -1,0 +1,121 @@
+//! What is sent, against a fake that refuses as Cloud Hypervisor does.
+
+use std::path::Path;
+
+use caisson_protocol::vmm::{Balloon, Block, Device, Fs, Net, Pmem, Rng, VmConfig, Vsock, device::Kind};
+
+use super::{Api, fake::Fake};
+use crate::{
+    configuration::{Configuration, hotpluggable},
+    options::Options,
+};
+
+async fn api() -> Api {
+    Api::over(Fake::serve()).await.unwrap()
+}
+
+fn device(id: &str, kind: Kind) -> Device {
+    Device { id: id.into(), kind: Some(kind), ..Default::default() }
+}
+
+fn disk(id: &str) -> Device {
+    device(id, Kind::Block(Block { path: "/disk".into(), ..Default::default() }))
+}
+
+fn share(id: &str) -> Device {
+    device(id, Kind::Fs(Fs { tag: id.into(), ..Default::default() }))
+}
+
+fn vm(devices: Vec<Device>) -> VmConfig {
+    VmConfig { vcpus: 1, max_vcpus: 4, memory_mib: 256, max_memory_mib: 512, devices, ..Default::default() }
+}
+
+async fn created(devices: Vec<Device>) -> Api {
+    let configuration = Configuration::of(&vm(devices), &Options::default(), true, Path::new("/run/vm")).unwrap();
+    let api = api().await;
+    api.create(&configuration.body).await.unwrap();
+    api
+}
+
+#[tokio::test]
+async fn a_vm_with_every_device_lives_through_everything() {
+    let net = Net { tap: "tap0".into(), mac: "02:00:00:00:00:01".into(), queue_pairs: 2, ..Default::default() };
+    let api = created(vec![
+        disk("root"),
+        device("net", Kind::Net(net)),
+        device("vsock", Kind::Vsock(Vsock { socket: "/s".into(), ..Default::default() })),
+        share("share"),
+        device("pmem", Kind::Pmem(Pmem { path: "/p".into(), ..Default::default() })),
+        device("balloon", Kind::Balloon(Balloon { free_page_reporting: true, ..Default::default() })),
+        device("rng", Kind::Rng(Rng { source: "/dev/urandom".into(), ..Default::default() })),
+    ])
+    .await;
+    assert_eq!(api.ping().await.unwrap(), "v53.0");
+    api.boot().await.unwrap();
+    for late in [disk("late"), share("late-share")] {
+        let (list, body) = hotpluggable(&late).unwrap();
+        api.add(list, &body).await.unwrap();
+    }
+    api.remove_device("late").await.unwrap();
+    api.resize_vcpus(4).await.unwrap();
+    api.resize_memory(512).await.unwrap();
+    assert_eq!(api.counters().await.unwrap()["root"]["read_bytes"], 512);
+    api.pause().await.unwrap();
+    api.snapshot("/snapshot").await.unwrap();
+    api.resume().await.unwrap();
+    api.press_power_button().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_snapshot_becomes_a_paused_vm() {
+    let api = api().await;
+    api.restore("/snapshot").await.unwrap();
+    api.resume().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_refusal_is_told_with_its_causes() {
+    let refusal = api().await.boot().await.unwrap_err().to_string();
+    assert_eq!(refusal, "Cloud Hypervisor's PUT /api/v1/vm.boot: Error from API: VM config is missing");
+}
+
+#[tokio::test]
+async fn a_paused_vm_is_not_paused_again() {
+    let api = created(Vec::new()).await;
+    api.boot().await.unwrap();
+    api.pause().await.unwrap();
+    assert!(api.pause().await.is_err());
+}
+
+#[tokio::test]
+async fn a_running_guest_is_not_written() {
+    let api = created(Vec::new()).await;
+    api.boot().await.unwrap();
+    assert!(api.snapshot("/snapshot").await.is_err());
+}
+
+#[tokio::test]
+async fn a_share_cannot_come_to_a_guest_whose_memory_is_its_own() {
+    let api = created(Vec::new()).await;
+    api.boot().await.unwrap();
+    let (list, body) = hotpluggable(&share("late")).unwrap();
+    let refusal = api.add(list, &body).await.unwrap_err().to_string();
+    assert!(refusal.ends_with("requires using shared memory or huge pages"), "{refusal}");
+}
+
+#[tokio::test]
+async fn two_devices_have_two_names() {
+    let api = created(vec![disk("root")]).await;
+    api.boot().await.unwrap();
+    let (list, body) = hotpluggable(&disk("root")).unwrap();
+    assert!(api.add(list, &body).await.is_err());
+    assert!(api.remove_device("nothing").await.is_err());
+}
+
+#[tokio::test]
+async fn a_guest_does_not_outgrow_its_limits() {
+    let api = created(Vec::new()).await;
+    api.boot().await.unwrap();
+    assert!(api.resize_vcpus(5).await.is_err());
+    assert!(api.resize_memory(128).await.is_err());
+}

@@ -1,0 +1,117 @@
+//! Firecracker's API: one method for each thing that is asked of it.
+
+#[cfg(test)]
+pub mod fake;
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
+
+use caisson_vmm_launcher::{Result, http_api::HttpApi};
+use hyper::Method;
+use serde_json::{Value, json};
+use tokio::net::UnixStream;
+
+/// The guest's memory is written to a disk, or read.
+const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(300);
+
+/// A connection to one Firecracker.
+#[derive(Debug)]
+pub struct Api(HttpApi);
+
+/// Where a snapshot is, as Firecracker sees it.
+#[derive(Clone, Debug)]
+pub struct SnapshotFiles {
+    pub state: String,
+    pub memory: String,
+}
+
+impl Api {
+    /// # Errors
+    /// When the connection has ended already.
+    pub async fn over(stream: UnixStream) -> Result<Self> {
+        HttpApi::over("Firecracker", stream).await.map(Self)
+    }
+
+    /// Has it log only what goes wrong.
+    pub async fn log_warnings_only(&self) -> Result<()> {
+        self.put("/logger", &json!({ "level": "Warning" })).await
+    }
+
+    /// Tells it what the VM consists of: `PUT path body`, in this order. Before the guest starts, and not for a snapshot.
+    pub async fn configure(&self, calls: &[(String, Value)]) -> Result<()> {
+        for (path, body) in calls {
+            self.put(path, body).await?;
+        }
+        Ok(())
+    }
+
+    /// Starts the guest.
+    pub async fn start(&self) -> Result<()> {
+        self.act("InstanceStart").await
+    }
+
+    /// Presses the keys by which a guest is asked to end.
+    pub async fn press_ctrl_alt_del(&self) -> Result<()> {
+        self.act("SendCtrlAltDel").await
+    }
+
+    /// Has it write what it counts.
+    pub async fn flush_metrics(&self) -> Result<()> {
+        self.act("FlushMetrics").await
+    }
+
+    /// Stops the vCPUs.
+    pub async fn pause(&self) -> Result<()> {
+        self.patch("/vm", &json!({ "state": "Paused" })).await
+    }
+
+    /// Lets stopped vCPUs run.
+    pub async fn resume(&self) -> Result<()> {
+        self.patch("/vm", &json!({ "state": "Resumed" })).await
+    }
+
+    /// Puts another file behind the drive `id` of a guest that has started.
+    pub async fn change_drive(&self, id: &str, path: &str) -> Result<()> {
+        self.patch(&format!("/drives/{id}"), &json!({ "drive_id": id, "path_on_host": path })).await
+    }
+
+    /// Gives a running guest `mib` of memory beyond what it started with.
+    pub async fn request_memory(&self, mib: u64) -> Result<()> {
+        self.patch("/hotplug/memory", &json!({ "requested_size_mib": mib })).await
+    }
+
+    /// Writes a paused guest to `files`.
+    pub async fn create_snapshot(&self, files: &SnapshotFiles) -> Result<()> {
+        let body = json!({ "snapshot_type": "Full", "snapshot_path": files.state, "mem_file_path": files.memory });
+        self.0.request(Method::PUT, "/snapshot/create", Some(&body), SNAPSHOT_DEADLINE).await.map(drop)
+    }
+
+    /// Makes the guest that `files` hold, paused; `taps` are the names that its network cards' taps have now, by the
+    /// card. It must not have been told of anything before.
+    pub async fn load_snapshot(&self, files: &SnapshotFiles, taps: &[(String, String)]) -> Result<()> {
+        let mut body = json!({
+            "snapshot_path": files.state,
+            "mem_backend": { "backend_type": "File", "backend_path": files.memory },
+            "resume_vm": false,
+        });
+        // Unknown before 1.12.
+        if !taps.is_empty() {
+            let tap = |(card, tap): &(String, String)| json!({ "iface_id": card, "host_dev_name": tap });
+            body["network_overrides"] = taps.iter().map(tap).collect();
+        }
+        self.0.request(Method::PUT, "/snapshot/load", Some(&body), SNAPSHOT_DEADLINE).await.map(drop)
+    }
+
+    async fn act(&self, action: &str) -> Result<()> {
+        self.put("/actions", &json!({ "action_type": action })).await
+    }
+
+    async fn put(&self, path: &str, body: &Value) -> Result<()> {
+        self.0.put(path, body).await.map(drop)
+    }
+
+    async fn patch(&self, path: &str, body: &Value) -> Result<()> {
+        self.0.patch(path, body).await.map(drop)
+    }
+}

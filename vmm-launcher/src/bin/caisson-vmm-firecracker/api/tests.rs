@@ -1,0 +1,122 @@
+//! What is sent, against a fake that refuses as Firecracker does.
+
+use std::path::Path;
+
+use caisson_protocol::vmm::{Balloon, Block, Device, Net, Pmem, Rng, VmConfig, Vsock, device::Kind};
+
+use super::{Api, SnapshotFiles, fake::Fake};
+use crate::{configuration::Configuration, options::Options};
+
+fn files() -> SnapshotFiles {
+    SnapshotFiles { state: "/snapshot/state".into(), memory: "/snapshot/memory".into() }
+}
+
+async fn api() -> Api {
+    Api::over(Fake::serve()).await.unwrap()
+}
+
+/// One of each device.
+fn vm() -> VmConfig {
+    let device = |(id, kind): (&str, Kind)| Device { id: id.into(), kind: Some(kind), ..Default::default() };
+    let devices = [
+        ("root-1", Kind::Block(Block { path: "/etc/hostname".into(), read_only: true, ..Default::default() })),
+        ("net-0", Kind::Net(Net { tap: "tap0".into(), mac: "02:00:00:00:00:01".into(), ..Default::default() })),
+        ("vsock", Kind::Vsock(Vsock { socket: "/s".into(), ..Default::default() })),
+        ("pmem-0", Kind::Pmem(Pmem { path: "/p".into(), ..Default::default() })),
+        ("balloon", Kind::Balloon(Balloon { free_page_reporting: true, ..Default::default() })),
+        ("rng", Kind::Rng(Rng { source: "/dev/urandom".into(), ..Default::default() })),
+    ];
+    VmConfig {
+        vcpus: 1,
+        memory_mib: 256,
+        max_memory_mib: 300,
+        image: "/image".into(),
+        devices: devices.map(device).to_vec(),
+        ..Default::default()
+    }
+}
+
+async fn configured(vm: &VmConfig) -> Api {
+    let configuration = Configuration::of(vm, &Options::default(), Path::new("/run/vm")).unwrap();
+    let api = api().await;
+    api.configure(&configuration.calls).await.unwrap();
+    api
+}
+
+#[tokio::test]
+async fn a_vm_with_every_device_lives_through_everything() {
+    let api = configured(&vm()).await;
+    api.start().await.unwrap();
+    api.flush_metrics().await.unwrap();
+    api.request_memory(44).await.unwrap();
+    api.change_drive("spare_ro_0", "/disks/late").await.unwrap();
+    api.pause().await.unwrap();
+    api.create_snapshot(&files()).await.unwrap();
+    api.resume().await.unwrap();
+    api.press_ctrl_alt_del().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_snapshot_is_loaded_by_one_that_was_told_only_what_to_log() {
+    let api = api().await;
+    api.log_warnings_only().await.unwrap();
+    api.load_snapshot(&files(), &[("net_0".into(), "tap1".into())]).await.unwrap();
+    api.resume().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_snapshot_is_not_loaded_by_one_that_was_told_of_a_vm() {
+    let refusal = configured(&vm()).await.load_snapshot(&files(), &[]).await.unwrap_err().to_string();
+    assert!(refusal.starts_with("Firecracker's PUT /snapshot/load: Load snapshot error: "), "{refusal}");
+}
+
+#[tokio::test]
+async fn a_snapshot_of_a_running_guest_is_refused() {
+    let api = configured(&vm()).await;
+    api.start().await.unwrap();
+    assert!(api.create_snapshot(&files()).await.is_err());
+}
+
+#[tokio::test]
+async fn a_guest_is_not_started_without_a_kernel_nor_twice() {
+    let refusal = api().await.start().await.unwrap_err().to_string();
+    assert_eq!(refusal, "Firecracker's PUT /actions: Cannot start microvm without kernel configuration");
+    let api = configured(&vm()).await;
+    api.start().await.unwrap();
+    assert!(api.start().await.is_err());
+}
+
+#[tokio::test]
+async fn a_disk_is_not_changed_before_the_guest_starts() {
+    let refusal = configured(&vm()).await.change_drive("spare_ro_0", "/disks/late").await.unwrap_err().to_string();
+    assert!(refusal.ends_with("not supported before starting the microVM"), "{refusal}");
+}
+
+#[tokio::test]
+async fn a_disk_that_is_none_cannot_be_changed() {
+    let api = configured(&vm()).await;
+    api.start().await.unwrap();
+    assert!(api.change_drive("spare_ro_99", "/disks/late").await.is_err());
+}
+
+#[tokio::test]
+async fn a_started_guest_takes_no_devices() {
+    let api = configured(&vm()).await;
+    api.start().await.unwrap();
+    let entropy = ("/entropy".to_owned(), serde_json::json!({}));
+    let refusal = api.configure(&[entropy]).await.unwrap_err().to_string();
+    assert!(refusal.ends_with("not supported after starting the microVM"), "{refusal}");
+}
+
+#[tokio::test]
+async fn the_fake_refuses_what_firecracker_refuses() {
+    let api = api().await;
+    for (path, body) in [
+        ("/vsock", serde_json::json!({ "guest_cid": 3, "uds_path": "/s", "cid": 3 })),
+        ("/drives/a-b", serde_json::json!({ "drive_id": "a-b" })),
+        ("/virtio-fs", serde_json::json!({})),
+        ("/hotplug/memory", serde_json::json!({ "total_size_mib": 100, "slot_size_mib": 128 })),
+    ] {
+        assert!(api.configure(&[(path.to_owned(), body)]).await.is_err(), "{path}");
+    }
+}
