@@ -1,11 +1,14 @@
 //! The configuration file that one private containerd's sandboxes are made from.
 
-use std::{fs, path::Path};
+use std::{env, fs, path::Path};
 
 use anyhow::{Context, Result};
 use toml::{Table, Value};
 
 use crate::{Hypervisor, Installation};
+
+/// In the folder for temporary files: the layers that guests without shared directories see as disks.
+const LAYERS: &str = "caisson-testbed-layers";
 
 /// A configuration in the making. What it does not say is left to caisson's defaults.
 #[derive(Clone, Debug)]
@@ -25,9 +28,14 @@ impl Configuration {
         let table = hypervisor.table();
         let mut configuration = Self { hypervisor, tables: Table::new() }
             .with_option("initrd", path(&installation.initrd))
-            .with_option("virtio_fs_daemon", path(&installation.virtiofsd))
             .with_option("default_memory", 256)
             .with("runtime.log_level", "info");
+        configuration = if configuration.hypervisor.shares_directories() {
+            configuration.with_option("virtio_fs_daemon", path(&installation.virtiofsd))
+        } else {
+            // Its containers' root file systems are disks, which are not kept with the host's own.
+            configuration.with_option("layer_cache_path", path(&env::temp_dir().join(LAYERS)))
+        };
         for (key, value) in table {
             configuration = configuration.with_option(&key, value);
         }

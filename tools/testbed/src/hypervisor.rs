@@ -76,6 +76,11 @@ impl Hypervisor {
         self.program.as_deref()
     }
 
+    /// Whether its guests see directories of the host.
+    pub fn shares_directories(&self) -> bool {
+        !matches!(self.name.as_str(), "firecracker" | "acrn")
+    }
+
     /// The file name of the program that holds the guest.
     pub fn process(&self) -> String {
         let name = self.program.as_ref().and_then(|program| program.file_name());

@@ -115,6 +115,25 @@ impl Backend {
         self != Self::Firecracker
     }
 
+    /// Whether its network cards can have several pairs of queues.
+    pub fn has_queue_pairs(self) -> bool {
+        match self {
+            Self::Qemu | Self::Builtin | Self::CloudHypervisor => true,
+            Self::Firecracker | Self::StratoVirt => false,
+        }
+    }
+
+    /// How it ends when its guest reboots.
+    pub fn rebooted(self) -> &'static str {
+        match self {
+            Self::Qemu | Self::Builtin | Self::CloudHypervisor | Self::Firecracker => {
+                "the guest rebooted, which ends its VM"
+            }
+            // It takes one for the other.
+            Self::StratoVirt => "the guest ended itself",
+        }
+    }
+
     /// How it ends when its guest powers off.
     pub fn powered_off(self) -> &'static str {
         match self {

@@ -159,14 +159,15 @@ async fn a_card_keeps_every_byte(backend: Backend) {
     let Some(images) = Images::find() else { return };
     // This thread's own network, which the launcher inherits.
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-    ip(&["tuntap", "add", "tap0", "mode", "tap", "multi_queue"]);
+    // Some have one pair only, and take a tap only if it has one queue.
+    let queue_pairs = if backend.has_queue_pairs() { 2 } else { 1 };
+    let queues: &[&str] = if queue_pairs > 1 { &["multi_queue"] } else { &[] };
+    ip(&[&["tuntap", "add", "tap0", "mode", "tap"], queues].concat());
     ip(&["address", "add", "10.9.8.1/24", "dev", "tap0"]);
     ip(&["link", "set", "tap0", "up"]);
     let listener = TcpListener::bind("10.9.8.1:9").unwrap();
     let launcher = Launcher::start(backend).await;
     let mib = mib();
-    // It has one pair only.
-    let queue_pairs = if backend == Backend::Firecracker { 1 } else { 2 };
     let net = Net { tap: "tap0".into(), mac: "02:00:00:00:12:34".into(), queue_pairs, ..Default::default() };
     let script = format!(
         "ip address add 10.9.8.2/24 dev eth0\n\

@@ -66,7 +66,7 @@ async fn a_guest_that_reboots_ends_its_vm(backend: Backend) {
     launcher.boot().await.unwrap();
     let exit = launcher.wait().await;
     assert_eq!(exit.reason, ExitReason::GUEST_SHUTDOWN.into(), "{exit}");
-    assert_eq!(exit.detail, "the guest rebooted, which ends its VM");
+    assert_eq!(exit.detail, backend.rebooted());
 }
 
 async fn a_panic_is_told_with_its_last_words(backend: Backend) {

@@ -5,6 +5,8 @@
 
 mod appear;
 mod command_line;
+#[cfg(test)]
+mod fake;
 mod options;
 mod slots;
 mod stratovirt;

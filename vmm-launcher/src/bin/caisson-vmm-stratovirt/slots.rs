@@ -5,7 +5,7 @@
 
 use std::sync::Mutex;
 
-use caisson_protocol::vmm::{Device, device::Kind};
+use caisson_protocol::vmm::{Device, Net, device::Kind};
 use caisson_vmm_launcher::{Error, Result, qmp::Qmp, request};
 use serde_json::{Value, json};
 
@@ -40,6 +40,9 @@ impl Slots {
     /// Fills a slot while the guest runs, and answers where the guest finds the device.
     pub async fn attach(&self, device: &Device, qmp: &Qmp) -> Result<String> {
         let (id, kind) = (device.id.as_str(), request::kind(device)?);
+        if let Kind::Net(net) = kind {
+            single_queue(id, net)?;
+        }
         let slot = self.take(id, kind)?;
         let (add, device_add, address) = commands(id, kind, slot)?;
         let attached = async {
@@ -66,6 +69,18 @@ impl Slots {
         give_back(&mut *self.disks.lock().expect("nobody panics with the slots"), id);
         give_back(&mut *self.cards.lock().expect("nobody panics with the slots"), id);
     }
+}
+
+/// # Errors
+/// When the card `id` is to have more queues than the slots' cards have.
+pub fn single_queue(id: &str, net: &Net) -> Result<()> {
+    if net.queue_pairs <= 1 {
+        return Ok(());
+    }
+    let pairs = net.queue_pairs;
+    Err(Error::Unsupported(format!(
+        "network device \"{id}\" cannot have {pairs} queue pairs: StratoVirt's microvm has one"
+    )))
 }
 
 fn take(slots: &mut [Option<String>], id: &str, what: &str) -> Result<usize> {
@@ -116,7 +131,7 @@ fn commands(id: &str, kind: &Kind, slot: usize) -> Result<(Command, Value, Strin
 
 #[cfg(test)]
 mod tests {
-    use caisson_protocol::vmm::{Block, Net};
+    use caisson_protocol::vmm::Block;
 
     use super::*;
 
@@ -151,5 +166,61 @@ mod tests {
             (&device["chardev"], &device["netdev"], &device["addr"]),
             (&json!("net"), &json!("net"), &json!("0x1"))
         );
+    }
+
+    fn late(id: &str, kind: Kind) -> Device {
+        Device { id: id.into(), kind: Some(kind), ..Default::default() }
+    }
+
+    fn card() -> Kind {
+        Kind::Net(Net { tap: "tap0".into(), mac: "02:00:00:00:00:01".into(), ..Default::default() })
+    }
+
+    #[tokio::test]
+    async fn devices_come_and_go_in_any_order() {
+        let (qmp, slots) = (crate::fake::qmp(), Slots::default());
+        qmp.negotiate().await.unwrap();
+        assert_eq!(slots.attach(&late("a", disk()), &qmp).await.unwrap(), "serial:a");
+        slots.attach(&late("b", disk()), &qmp).await.unwrap();
+        slots.attach(&late("net", card()), &qmp).await.unwrap();
+        slots.detach("a", &qmp).await.unwrap();
+        slots.attach(&late("c", disk()), &qmp).await.unwrap();
+        slots.detach("net", &qmp).await.unwrap();
+        slots.attach(&late("net", card()), &qmp).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_slot_whose_device_was_refused_is_free_again() {
+        let (qmp, slots) = (crate::fake::qmp(), Slots::default());
+        // What StratoVirt has and the slots do not know of.
+        let drive = json!({ "node-name": "taken", "file": { "driver": "file", "filename": "/disk" } });
+        qmp.execute("blockdev-add", drive).await.unwrap();
+        let refusal = slots.attach(&late("taken", disk()), &qmp).await.unwrap_err().to_string();
+        assert_eq!(refusal, "StratoVirt's blockdev-add: taken is already registered.");
+        for id in ["a", "b", "c", "d"] {
+            slots.attach(&late(id, disk()), &qmp).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_card_with_several_queues_is_unsupported_and_takes_no_slot() {
+        let (qmp, slots) = (crate::fake::qmp(), Slots::default());
+        let two = Net { tap: "tap0".into(), queue_pairs: 2, ..Default::default() };
+        assert!(matches!(slots.attach(&late("net", Kind::Net(two)), &qmp).await, Err(Error::Unsupported(_))));
+        slots.attach(&late("net", card()), &qmp).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_not_there_cannot_be_detached() {
+        let refusal = Slots::default().detach("nothing", &crate::fake::qmp()).await.unwrap_err().to_string();
+        assert_eq!(refusal, "StratoVirt's device_del: Device nothing not found");
+    }
+
+    #[tokio::test]
+    async fn a_guest_is_stopped_only_while_it_runs() {
+        let qmp = crate::fake::qmp();
+        qmp.execute("cont", json!({})).await.unwrap();
+        qmp.execute("stop", json!({})).await.unwrap();
+        assert!(qmp.execute("stop", json!({})).await.is_err());
     }
 }

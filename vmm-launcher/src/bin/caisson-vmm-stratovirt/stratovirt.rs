@@ -15,7 +15,7 @@ use caisson_vmm_launcher::{
     console::{Audience, Console},
     guest_vsock::GuestVsock,
     hypervisor::{Created, Hypervisor},
-    kvm,
+    kvm, metrics,
     options::{describe, parse},
     process::{Ended, Process},
     qmp::Qmp,
@@ -31,7 +31,7 @@ use crate::{
     appear::until_exists,
     command_line::CommandLine,
     options::{DOCS, Options},
-    slots::Slots,
+    slots::{Slots, single_queue},
 };
 
 /// StratoVirt is ready in a tenth of a second, unless the host is very busy.
@@ -61,6 +61,8 @@ pub struct StratoVirt {
     console: Console,
     file_servers: Mutex<Vec<Virtiofsd>>,
     slots: Slots,
+    memory_mib: u64,
+    vcpus: u32,
 }
 
 impl Hypervisor for StratoVirt {
@@ -153,6 +155,14 @@ impl Hypervisor for StratoVirt {
     fn console(&self) -> &Console {
         &self.console
     }
+
+    /// It answers questions for its statistics with zeros: what is known is known without it.
+    async fn metrics(&self) -> Result<String> {
+        let mut known = metrics::Metrics::default();
+        known.number(metrics::MEMORY, self.memory_mib << 20);
+        known.number(metrics::VCPUS, self.vcpus.into());
+        Ok(known.text())
+    }
 }
 
 /// A StratoVirt that is not yet started. Dropping it ends what was started for it.
@@ -202,6 +212,7 @@ impl<'a> Plan<'a> {
                 return Ok(format!("serial:{id}"));
             }
             Kind::Net(net) => {
+                single_queue(id, net)?;
                 self.slots.take(id, kind)?;
                 self.line.net(id, net);
             }
@@ -253,7 +264,8 @@ impl<'a> Plan<'a> {
                 let console = Console::over(connection, log, audience)?;
                 info!(pid = process.pid(), "StratoVirt started");
                 let file_servers = Mutex::new(self.file_servers);
-                Ok(StratoVirt { process, qmp, console, file_servers, slots: self.slots })
+                let (memory_mib, vcpus) = (vm.memory_mib, vm.vcpus);
+                Ok(StratoVirt { process, qmp, console, file_servers, slots: self.slots, memory_mib, vcpus })
             }
             Err(error) => {
                 process.kill();
