@@ -159,9 +159,8 @@ impl Shared {
     fn receive(&self, mut message: Value) {
         if message.get("QMP").is_some() {
             self.greeting.send_replace(true);
-        } else if let Some(id) = message["id"].as_str().and_then(|id| id.parse().ok()) {
-            let waiting =
-                self.waiting.lock().expect("no caller panics").as_mut().and_then(|waiting| waiting.remove(&id));
+        } else if message.get("return").or(message.get("error")).is_some() {
+            let waiting = self.who_asked(&message["id"]);
             let answer = match message.get("error") {
                 Some(error) => Err(error["desc"].as_str().unwrap_or("it failed and does not say why").to_owned()),
                 None => Ok(message["return"].take()),
@@ -177,6 +176,21 @@ impl Shared {
             }
             let _ = self.events.send(message);
         }
+    }
+}
+
+impl Shared {
+    /// StratoVirt answers some questions without their id, the negotiation and what it does not understand: then it is
+    /// clear only who asked when nobody else waits.
+    fn who_asked(&self, id: &Value) -> Option<oneshot::Sender<Answer>> {
+        let mut waiting = self.waiting.lock().expect("no caller panics");
+        let waiting = waiting.as_mut()?;
+        let id = match id.as_str() {
+            Some(id) => id.parse().ok()?,
+            None if waiting.len() == 1 => *waiting.keys().next()?,
+            None => return None,
+        };
+        waiting.remove(&id)
     }
 }
 
@@ -202,6 +216,21 @@ mod tests {
         ]);
         // Not yet read: the reader runs when this test waits.
         assert_eq!(qmp.execute("query-status", json!({})).await.unwrap()["status"], "running");
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_an_id_is_that_to_the_only_question() {
+        use std::io::{BufRead, BufReader, Write};
+        let (qmp, mut far) = qemu(&[r#"{"QMP": {}}"#]);
+        let questions = BufReader::new(far.try_clone().unwrap()).lines();
+        let answers = [r#"{"return": {}}"#, r#"{"error": {"desc": "unknown field"}}"#];
+        let fake = std::thread::spawn(move || {
+            questions.zip(answers).for_each(|(_, answer)| writeln!(far, "{answer}").unwrap());
+        });
+        qmp.negotiate().await.unwrap();
+        assert_eq!(qmp.execute("cont", json!({})).await.unwrap_err().to_string(), "QEMU's cont: unknown field");
+        drop(qmp);
+        fake.join().unwrap();
     }
 
     #[tokio::test]
