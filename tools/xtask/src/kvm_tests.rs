@@ -77,21 +77,23 @@ impl Batch {
     }
 }
 
-const BATCHES: [Batch; 13] = [
+const BATCHES: [Batch; 15] = [
     Batch::suite("every launcher: devices", "binary(launcher) and test(/^devices::/)"),
     Batch::suite("every launcher: disks and integrity", "binary(launcher) and test(/^(disks|integrity)::/)"),
     Batch::suite("every launcher: life", "binary(launcher) and test(/^(life|snapshot)::/)"),
-    // But what is typed at a serial port, which does not reach a guest in the emulated machine.
+    // What is typed at QEMU's serial port does not always reach a guest in the emulated machine.
     Batch::suite(
         "every launcher: refusals and terminals",
-        "binary(launcher) and test(/^(refusals|terminal)::/) and not test(/::a_guest_in_a_pipe/)",
+        "binary(launcher) and test(/^(refusals|terminal)::/) and not test(/::qemu::a_guest_in_a_pipe/)",
     ),
+    Batch::suite("built-in VMM: a hundred VMs", "binary(launcher) and test(/^cycles::/)"),
     Batch::builtin(
         "built-in VMM: containers",
         "binary(end_to_end) and test(/^(crashes|lifecycle|streams)::/)",
         "vmlinux",
     ),
     Batch::builtin("built-in VMM: pods and sizes", "binary(end_to_end) and test(/^(guest|pod|sizes)::/)", "vmlinux"),
+    Batch::builtin("built-in VMM: pods that come and go", "binary(end_to_end) and test(/^cycles::/)", "vmlinux"),
     Batch::builtin("built-in VMM: Debian's bzImage", SIGN_OF_LIFE, "bzImage"),
     Batch::qemu("QEMU with KVM: pods", "binary(end_to_end) and test(/^pod::/)", "vmlinux"),
     Batch::qemu("QEMU with KVM: Debian's bzImage", SIGN_OF_LIFE, "bzImage"),

@@ -8,6 +8,7 @@
 mod fixture;
 mod pattern;
 
+mod cycles;
 mod devices;
 mod disks;
 mod integrity;
