@@ -35,6 +35,10 @@ use crate::{
 pub const LOG_BYTES: u64 = 1 << 20;
 /// What Linux writes when it gives up, `kernel/panic.c`; `quiet` does not hide it.
 const PANIC: &str = "Kernel panic - not syncing: ";
+/// What Linux writes when its initrd is cut off or damaged, `init/initramfs.c`; it goes on, and panics without a first process.
+const UNPACKING: &str = "Initramfs unpacking failed: ";
+/// How the panic of a kernel begins that has no first process; one with a damaged initrd only says so where it is not `quiet`.
+const NO_ROOT: &str = "VFS: Unable to mount root fs";
 /// Longer lines are looked at in pieces.
 const MAX_LINE: usize = 512;
 /// As much of the panic as fits a sentence.
@@ -74,6 +78,7 @@ struct Heard {
     tail: Mutex<Tail>,
     bytes: AtomicU64,
     panic: Mutex<Option<String>>,
+    broken_initrd: Mutex<Option<String>>,
 }
 
 impl Console {
@@ -121,9 +126,17 @@ impl Console {
         self.heard.bytes.load(Ordering::Relaxed)
     }
 
-    /// Why the guest's kernel panicked, in its own words, if it did.
+    /// Why the guest's kernel panicked, in its own words, if it did; and what is wrong with its initrd, if it has said so.
     pub fn panic(&self) -> Option<String> {
-        self.heard.panic.lock().expect("no listener panics").clone()
+        let panic = self.heard.panic.lock().expect("no listener panics").clone()?;
+        let initrd = self.heard.broken_initrd.lock().expect("no listener panics").clone();
+        Some(match initrd {
+            Some(why) => format!("{}; its initrd is cut off or damaged: {why}", panic.trim_end_matches('.')),
+            None if panic.starts_with(NO_ROOT) => {
+                format!("{panic}; its initrd is damaged or has no first process, or its root disk is missing")
+            }
+            None => panic,
+        })
     }
 
     /// Answers when everything was heard that an ended hypervisor left behind.
@@ -168,9 +181,11 @@ impl Heard {
     fn look_for_panic(&self, line: &mut Vec<u8>, chunk: &[u8]) {
         for piece in chunk.split_inclusive(|byte| *byte == b'\n') {
             line.extend_from_slice(piece);
-            if let Some((_, words)) = String::from_utf8_lossy(line).split_once(PANIC) {
-                *self.panic.lock().expect("no reader panics") =
-                    Some(plain(words).trim().chars().take(MAX_WORDS).collect());
+            for (sign, found) in [(PANIC, &self.panic), (UNPACKING, &self.broken_initrd)] {
+                if let Some((_, words)) = String::from_utf8_lossy(line).split_once(sign) {
+                    *found.lock().expect("no reader panics") =
+                        Some(plain(words).trim().chars().take(MAX_WORDS).collect());
+                }
             }
             if line.ends_with(b"\n") || line.len() > MAX_LINE {
                 line.clear();
@@ -279,6 +294,25 @@ mod tests {
     async fn a_panic_is_recognised_although_it_comes_in_pieces() {
         let console = hear(None, &[b"[ 0.5] Kernel pan", b"ic - not syncing: no init\n"]).await;
         assert_eq!(console.panic().as_deref(), Some("no init"));
+    }
+
+    #[tokio::test]
+    async fn a_panic_for_want_of_an_initrd_is_told_with_what_is_wrong_with_it() {
+        let words: &[u8] = b"Initramfs unpacking failed: ZSTD-compressed data is corrupt\r\n";
+        let console = hear(None, &[words, b"Kernel panic - not syncing: No working init found.\r\n"]).await;
+        let expected = "No working init found; its initrd is cut off or damaged: ZSTD-compressed data is corrupt";
+        assert_eq!(console.panic().as_deref(), Some(expected));
+    }
+
+    #[tokio::test]
+    async fn a_panic_for_want_of_a_root_is_told_with_what_may_be_wrong() {
+        let console =
+            hear(None, &[b"Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)\r\n"]).await;
+        let words = console.panic().unwrap();
+        assert!(
+            words.ends_with("(0,0); its initrd is damaged or has no first process, or its root disk is missing"),
+            "{words}"
+        );
     }
 
     #[tokio::test]

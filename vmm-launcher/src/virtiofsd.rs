@@ -13,7 +13,7 @@ use std::{
 
 use caisson_protocol::vmm::Fs;
 
-use crate::{Error, Result, process::Process};
+use crate::{Error, Result, process::Process, request::readable};
 
 /// The values of `Fs.cache`.
 pub const CACHE_MODES: [&str; 3] = ["auto", "always", "never"];
@@ -31,6 +31,7 @@ impl Virtiofsd {
     /// # Errors
     /// When the program cannot be executed, or `run_dir` is too long for a socket's path.
     pub fn start(fs: &Fs, run_dir: &Path) -> Result<(Self, OwnedFd)> {
+        readable("virtio-fs daemon", &fs.daemon_path)?;
         let (listener, connection) = connected_listener(&run_dir.join("virtiofsd.sock"))?;
         Ok((Self::serve(fs, listener.into())?, connection))
     }
@@ -40,6 +41,7 @@ impl Virtiofsd {
     /// # Errors
     /// When the program cannot be executed, or `socket` cannot be made.
     pub fn listen(fs: &Fs, socket: &Path) -> Result<Self> {
+        readable("virtio-fs daemon", &fs.daemon_path)?;
         let listener = caisson_protocol::listen::bind(socket)
             .map_err(Error::host(format!("make the socket {}", socket.display())))?;
         Self::serve(fs, listener.into())

@@ -16,6 +16,7 @@ use crate::{
     memory::{self, GuestMemory},
     options::Options,
     power::{self, KeyboardReset, Power},
+    seccomp::Filter,
     serial::{self, Serial},
     vcpu::{Buses, Vcpus},
     virtio::Transport,
@@ -39,6 +40,8 @@ pub struct Parts<'a> {
     pub console: OwnedFd,
     /// Where the VM's end is told.
     pub ending: &'a Ending,
+    /// What the threads that carry out the guest's wishes submit to, if they do.
+    pub filter: Option<Filter>,
     /// Gets the processes that the VM's devices need.
     pub file_servers: &'a mut Vec<Virtiofsd>,
 }
@@ -50,9 +53,11 @@ pub struct Parts<'a> {
 pub fn build_vm(config: &VmConfig, parts: Parts<'_>) -> Result<(Machine, Vec<String>)> {
     let kvm = open_kvm()?;
     let mut memory = memory::allocate(config.memory_mib)?;
-    let entry = kernel::load(config, &kernel_parameters(config), &memory)?;
+    let ram = memory.clone();
+    // Their processes start while the kernel is loaded.
     let devices = Devices::new(parts.options, parts.run_dir, parts.file_servers);
     let (devices, addresses) = devices.make(config, &mut memory)?;
+    let entry = kernel::load(config, &kernel_parameters(config), &ram)?;
     acpi::write(&memory, config.vcpus, devices.len() as u32)?;
 
     let vm = kvm.create_vm().map_err(|error| Error::host("make a VM with /dev/kvm")(error.into()))?;
@@ -66,8 +71,8 @@ pub fn build_vm(config: &VmConfig, parts: Parts<'_>) -> Result<(Machine, Vec<Str
     let button = interrupt_line(&vm, layout::BUTTON_INTERRUPT)?;
     add_power(parts.ending, &mut buses);
 
-    let vcpus = Vcpus::start(vcpus, Arc::new(buses), parts.ending)?;
-    let device_thread = event_loop.start()?;
+    let vcpus = Vcpus::start(vcpus, Arc::new(buses), parts.ending, parts.filter.as_ref())?;
+    let device_thread = event_loop.start(parts.filter)?;
     Ok((Machine { vcpus, device_thread, attached, serial, button, vm, memory }, addresses))
 }
 

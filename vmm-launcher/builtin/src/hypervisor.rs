@@ -4,6 +4,7 @@ use std::{
     os::unix::fs::MetadataExt,
     path::Path,
     sync::{Mutex, MutexGuard},
+    time::Duration,
 };
 
 use caisson_protocol::vmm::{CapabilitiesResponse, CreateRequest, ExitReason, GuestDevice, WaitResponse};
@@ -18,6 +19,7 @@ use caisson_vmm_launcher::{
     virtiofsd::{self, Virtiofsd},
     vm::exit,
 };
+use tokio::time::timeout;
 use tracing::info;
 
 use crate::{
@@ -26,9 +28,12 @@ use crate::{
     devices::KINDS,
     ending::{End, Ending},
     machine::Machine,
-    options::{DOCS, Options},
+    options::{DOCS, FileServer, Options},
+    seccomp::{Filter, Thread, Violations},
 };
 
+/// How long a process may take to end that does not answer any more.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// This program: there is no other one to execute.
 const THIS_PROGRAM: &str = "/proc/self/exe";
 
@@ -39,6 +44,7 @@ pub struct Builtin {
     ending: Ending,
     console: Console,
     file_servers: Mutex<Vec<Virtiofsd>>,
+    violations: Option<Violations>,
     memory_mib: u64,
     vcpus: u32,
 }
@@ -90,15 +96,21 @@ impl Hypervisor for Builtin {
             kvm::require("the built-in VMM").await?;
         }
         let (console, far) = Console::open(console::log_of(&config.devices), audience)?;
+        let confinement = options.seccomp.then(|| Confinement::prepare(&options)).transpose()?;
         let (ending, mut file_servers) = (Ending::default(), Vec::new());
         let parts = Parts {
             options: &options,
             run_dir: Path::new(&request.run_dir),
             console: far,
             ending: &ending,
+            filter: confinement.as_ref().map(|confinement| confinement.devices.clone()),
             file_servers: &mut file_servers,
         };
-        let (machine, addresses) = match build_vm(config, parts) {
+        let built = match build_vm(config, parts) {
+            Ok(built) => meet(&file_servers, built.0.backends()).await.map(|()| built),
+            Err(error) => Err(error),
+        };
+        let (machine, addresses) = match built {
             Ok(built) => built,
             Err(error) => {
                 end(file_servers).await;
@@ -116,6 +128,7 @@ impl Hypervisor for Builtin {
             ending,
             console,
             file_servers: Mutex::new(file_servers),
+            violations: confinement.map(Confinement::enter),
             memory_mib: config.memory_mib,
             vcpus: config.vcpus,
         };
@@ -144,15 +157,21 @@ impl Hypervisor for Builtin {
 
     async fn ended(&self) -> WaitResponse {
         let file_servers = std::mem::take(&mut *self.file_servers.lock().expect("nobody panics with them"));
-        let why = tokio::select! {
-            end = self.ending.told() => end,
-            words = virtiofsd::any_failed(&file_servers) => End::Failed(words),
+        let (why, stands_still) = tokio::select! {
+            end = self.ending.told() => (end, false),
+            words = virtiofsd::any_failed(&file_servers) => (End::Failed(words), false),
+            words = self.violation() => (End::Failed(words), true),
         };
         // A vCPU that is still in the guest, or that comes out of it, goes no further.
         self.ending.tell(why.clone());
         let machine = self.machine().take();
-        // It waits for threads.
-        let _ = tokio::task::spawn_blocking(move || drop(machine)).await;
+        if stands_still {
+            // A thread that was stopped does not end before the process does, and may hold any lock.
+            machine.into_iter().for_each(Machine::abandon);
+        } else {
+            // It waits for threads.
+            let _ = tokio::task::spawn_blocking(move || drop(machine)).await;
+        }
         self.console.drained().await;
         end(file_servers).await;
         let (reason, detail) = self.explain(why);
@@ -186,6 +205,14 @@ impl Builtin {
         self.machine().as_ref().map(act).ok_or(Error::WrongState { verb, state: "ended" })
     }
 
+    /// Answers when a thread was stopped by its filter.
+    async fn violation(&self) -> String {
+        match &self.violations {
+            Some(violations) => violations.told().await,
+            None => std::future::pending().await,
+        }
+    }
+
     fn explain(&self, end: End) -> (ExitReason, String) {
         if let Some(words) = self.console.panic() {
             return (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}"));
@@ -197,6 +224,42 @@ impl Builtin {
             End::Failed(why) => (ExitReason::HYPERVISOR_FAILED, why),
         }
     }
+}
+
+/// The filters, before anyone has submitted to them.
+struct Confinement {
+    devices: Filter,
+    contract: Filter,
+    violations: Violations,
+}
+
+impl Confinement {
+    fn prepare(options: &Options) -> Result<Self> {
+        let serves_files = options.file_server == FileServer::Builtin;
+        Ok(Self {
+            devices: Filter::of(Thread::Device { serves_files })?,
+            contract: Filter::of(Thread::Contract)?,
+            violations: Violations::watch()?,
+        })
+    }
+
+    /// For this thread, which has executed all programs and opened all files that the VM needs.
+    fn enter(self) -> Violations {
+        self.contract.submit();
+        self.violations
+    }
+}
+
+/// Waits until the file servers serve: a guest without its files is of no use.
+async fn meet(file_servers: &[Virtiofsd], backends: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+    if file_servers.is_empty() {
+        return Ok(());
+    }
+    let met = tokio::task::spawn_blocking(backends).await.unwrap_or(Ok(()));
+    let Err(error) = met else { return Ok(()) };
+    // One that has ended has last words.
+    let words = timeout(LAST_WORDS, virtiofsd::any_failed(file_servers)).await;
+    Err(words.map_or(error, Error::Hypervisor))
 }
 
 async fn end(file_servers: Vec<Virtiofsd>) {

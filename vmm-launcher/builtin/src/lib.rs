@@ -20,6 +20,7 @@ pub mod event_loop;
 pub mod memory;
 pub mod options;
 pub mod power;
+pub mod seccomp;
 pub mod serial;
 pub mod vcpu;
 pub mod virtio;

@@ -44,12 +44,24 @@ impl Machine {
         self.vcpus.stand()
     }
 
+    /// What waits until all processes that serve devices have answered; it does not borrow the machine.
+    pub fn backends(&self) -> impl FnOnce() -> Result<()> + Send + use<> {
+        let transports: Vec<_> = self.attached.iter().map(|attached| attached.transport.clone()).collect();
+        move || transports.iter().try_for_each(|transport| transport.meet_backend())
+    }
+
     /// Presses the guest's power button.
     ///
     /// # Errors
     /// When the host fails.
     pub fn press_power_button(&self) -> Result<()> {
         self.button.write(1).map_err(Error::host("press the guest's power button"))
+    }
+
+    /// Stops the vCPUs and waits for nobody; what the VM has goes with the process.
+    pub fn abandon(self) {
+        self.vcpus.abandon();
+        std::mem::forget(self);
     }
 
     /// What the devices have counted, in Prometheus' text format.

@@ -4,13 +4,21 @@ use caisson_vmm_launcher::options::OptionDoc;
 use serde::{Deserialize, Serialize};
 
 /// The `[hypervisor.builtin]` table's own keys.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Options {
     /// See [`DOCS`].
     pub block_io: BlockIo,
     /// See [`DOCS`].
     pub file_server: FileServer,
+    /// See [`DOCS`].
+    pub seccomp: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { block_io: BlockIo::default(), file_server: FileServer::default(), seccomp: true }
+    }
 }
 
 /// How a disk's image is read and written.
@@ -48,6 +56,12 @@ pub const DOCS: &[OptionDoc] = &[
         kind: "string",
         accepted: &["virtiofsd", "builtin"],
         doc: "Who serves shared directories: virtiofsd is a confined process for each, builtin is the VMM's own process.",
+    },
+    OptionDoc {
+        key: "seccomp",
+        kind: "bool",
+        accepted: &[],
+        doc: "Whether the VMM's threads are confined to the system calls that they need; another one ends the VM.",
     },
 ];
 

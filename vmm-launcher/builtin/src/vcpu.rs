@@ -28,6 +28,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::{
     bus::Bus,
     ending::{End, Ending},
+    seccomp::Filter,
 };
 
 /// A vCPU leaves the guest in microseconds, or finishes what a device does for it first.
@@ -71,11 +72,12 @@ enum Wanted {
 }
 
 impl Vcpus {
-    /// Starts a thread for each of `vcpus`, standing before its first instruction.
+    /// Starts a thread for each of `vcpus`, standing before its first instruction. The threads submit
+    /// to `filter`.
     ///
     /// # Errors
     /// When the host refuses a thread.
-    pub fn start(vcpus: Vec<VcpuFd>, buses: Arc<Buses>, ending: &Ending) -> Result<Self> {
+    pub fn start(vcpus: Vec<VcpuFd>, buses: Arc<Buses>, ending: &Ending, filter: Option<&Filter>) -> Result<Self> {
         extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
         register_signal_handler(SIGRTMIN(), leave_guest)
             .map_err(|error| Error::host("set the vCPUs' signal handler")(error.into()))?;
@@ -88,7 +90,15 @@ impl Vcpus {
             let vcpu =
                 Vcpu { number, vcpu, gate: gate.clone(), buses: buses.clone(), ending: ending.clone(), booted: false };
             let thread = std::thread::Builder::new().name(format!("vcpu{number}")).stack_size(STACK_BYTES);
-            let handle = thread.spawn(|| vcpu.live()).map_err(Error::host(format!("start vCPU {number}'s thread")))?;
+            let filter = filter.cloned();
+            let handle = thread
+                .spawn(move || {
+                    if let Some(filter) = filter {
+                        filter.submit();
+                    }
+                    vcpu.live()
+                })
+                .map_err(Error::host(format!("start vCPU {number}'s thread")))?;
             started.threads.push(Thread { kick, handle });
         }
         Ok(started)
@@ -110,6 +120,11 @@ impl Vcpus {
                 .map(drop)
                 .map_err(|_| Error::Hypervisor(format!("the vCPUs did not leave the guest within {seconds} s")))
         }
+    }
+
+    /// Has them end without waiting for it.
+    pub fn abandon(&self) {
+        self.want(Wanted::End);
     }
 
     fn want(&self, wanted: Wanted) {

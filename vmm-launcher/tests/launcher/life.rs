@@ -29,7 +29,12 @@ for_backend!(
     stop_ends_a_create_that_hangs_and_leaves_nothing,
     a_hypervisor_that_is_killed_is_told_with_the_signal
 );
-for_backend!(builtin_only, Builtin, a_guest_has_the_processors_and_the_memory_that_it_was_given);
+for_backend!(
+    builtin_only,
+    Builtin,
+    stop_ends_a_create_that_hangs_and_leaves_nothing,
+    a_guest_has_the_processors_and_the_memory_that_it_was_given
+);
 
 async fn a_guest_that_powers_off_ends_its_vm(backend: Backend) {
     let Some(images) = Images::find() else { return };
@@ -115,7 +120,7 @@ async fn stop_ends_a_create_that_hangs_and_leaves_nothing(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "sleep");
-    // QEMU waits for an answer of its file server for as long as it has one.
+    // A hypervisor waits for an answer of its file server for as long as it has one.
     let mute = images.dir.path().join("mute");
     std::fs::write(&mute, "#!/bin/sh\nexec sleep 1000\n").unwrap();
     std::fs::set_permissions(&mute, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();

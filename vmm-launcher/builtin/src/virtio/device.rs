@@ -27,6 +27,11 @@ pub trait VirtioDevice: Send {
     /// The device's type number, virtio 1.2 §5.
     fn kind(&self) -> u32;
 
+    /// Waits until whoever serves the device has answered, where that is another process.
+    fn meet_backend(&self) -> Result<(), ActivateError> {
+        Ok(())
+    }
+
     /// The feature bits of this kind of device and of its rings. `VIRTIO_F_VERSION_1` is the transport's.
     fn features(&self) -> u64;
 

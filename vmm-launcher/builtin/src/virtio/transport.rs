@@ -119,6 +119,14 @@ impl Transport {
             .map_err(|error| Error::host("connect a virtio device to its guest")(error.into()))
     }
 
+    /// Waits until whoever serves the device has answered.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn meet_backend(&self) -> Result<()> {
+        self.registers().device.meet_backend().map_err(|error| Error::Hypervisor(error.to_string()))
+    }
+
     /// What the device has counted.
     pub fn metrics(&self) -> Vec<(&'static str, u64)> {
         self.registers().device.metrics()

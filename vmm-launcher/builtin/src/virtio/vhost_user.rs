@@ -5,7 +5,7 @@
 //!  the guest's memory, kick and interrupt descriptors go with them; after that backend and driver are among themselves
 //! ```
 //!
-//! Nothing is asked before the driver asks, so that a VM's start does not wait for its backends'.
+//! What a backend can do is asked when the VM is built, and the rest when the driver asks.
 
 use std::{
     cell::OnceCell,
@@ -181,6 +181,10 @@ impl VhostUser {
 impl VirtioDevice for VhostUser {
     fn kind(&self) -> u32 {
         self.description.kind
+    }
+
+    fn meet_backend(&self) -> Result<(), ActivateError> {
+        Ok(self.offer().map(drop)?)
     }
 
     /// None when the backend does not answer.
