@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use caisson_testbed::{Configuration, Containerd, Hypervisor, Installation};
 
-use super::{Clock, memory, pod, report::Report};
+use super::{Clock, memory, pod, report::Report, work};
 
 /// How to measure.
 #[derive(clap::Args)]
@@ -39,11 +39,14 @@ pub fn run(installation: &Installation, options: &Options) -> Result<()> {
         pods.push(pod::measure(&containerd, number + 1).context(name)?);
     }
     let first = pods.remove(0);
+    // Only with a tracer and the right to use it.
+    let work =
+        work::measure(&containerd).inspect_err(|error| eprintln!("    not traced: {error:#}")).unwrap_or_default();
     let memory = memory::measure(&containerd)?;
     let image = memory::guest_image(installation)?;
     let left = containerd.leftovers()?;
     ensure!(left.is_empty(), "left behind:\n{}", left.join("\n"));
 
-    let report = Report::of(options, &first, &pods, memory, image);
+    let report = Report::of(options, &first, &pods, memory, image, work);
     if options.json { report.print_json() } else { report.print_tables() }
 }

@@ -1,17 +1,14 @@
 //! One boot under the kernel's tracer: what the time goes to. Tracing takes time itself, so that the parts are a little
 //! larger than those of an untraced boot.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, path::Path};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 
 use super::{hypervisor::Candidate, timing::Running};
+use crate::bench::tracer::{TRACER, Tracer, split};
 
-/// Kernel documentation `trace/ftrace.rst`.
-const TRACER: &str = "/sys/kernel/tracing";
-const EVENTS: [&str; 3] = ["kvm/kvm_entry", "kvm/kvm_exit", "raw_syscalls/sys_enter"];
-/// Enough for some hundred thousand events.
-const BUFFER_KIB: &str = "65536";
+const EVENTS: &[&str] = &["kvm/kvm_entry", "kvm/kvm_exit", "raw_syscalls/sys_enter"];
 /// The first process has spoken.
 const MARK: &str = "first process";
 /// `execve` on x86-64.
@@ -41,33 +38,13 @@ pub struct Exits {
 
 /// Boots the guest once.
 pub fn boot(candidate: &Candidate) -> Result<Trace> {
-    ensure!(Path::new(TRACER).join("trace").exists(), "no tracer at {TRACER}: mount -t tracefs tracefs {TRACER}");
-    set("tracing_on", "0")?;
-    set("trace_clock", "mono")?;
-    set("buffer_size_kb", BUFFER_KIB)?;
-    set("options/event-fork", "1")?;
-    set("set_event_pid", "")?;
-    set("trace", "")?;
-    for event in EVENTS {
-        set(&format!("events/{event}/enable"), "1")?;
-    }
-    set("tracing_on", "1")?;
+    let tracer = Tracer::start(EVENTS)?;
     let running = Running::start(candidate.command_with_pid_in(&Path::new(TRACER).join("set_event_pid")))?;
     let booted = running.wait_for_init();
-    set("trace_marker", MARK)?;
-    set("tracing_on", "0")?;
-    for event in EVENTS {
-        set(&format!("events/{event}/enable"), "0")?;
-    }
+    tracer.mark(MARK)?;
+    let text = tracer.stop()?;
     booted?;
-    let trace = Path::new(TRACER).join("trace");
-    let text = fs::read_to_string(&trace).with_context(|| format!("read {}", trace.display()))?;
     Ok(parse(&text))
-}
-
-fn set(file: &str, value: &str) -> Result<()> {
-    let path = Path::new(TRACER).join(file);
-    fs::write(&path, value).with_context(|| format!("write {}", path.display()))
 }
 
 /// What the vCPU was doing.
@@ -77,7 +54,6 @@ enum Vcpu {
     Outside(String),
 }
 
-/// Lines are `task-pid [cpu] flags seconds: event: details`.
 fn parse(text: &str) -> Trace {
     let mut trace = Trace::default();
     let (mut vcpu, mut since) = (Vcpu::NotYet, None);
@@ -109,13 +85,6 @@ fn parse(text: &str) -> Trace {
         }
     }
     trace
-}
-
-/// Milliseconds, event, details.
-fn split(line: &str) -> Option<(f64, &str, &str)> {
-    let mut parts = line.splitn(3, ": ");
-    let seconds = parts.next()?.split_whitespace().last()?;
-    Some((seconds.parse::<f64>().ok()? * 1000.0, parts.next()?, parts.next().unwrap_or_default()))
 }
 
 #[cfg(test)]
