@@ -12,9 +12,9 @@ use caisson_vmm_launcher::{Error, Result, kernel, kernel::KernelFormat};
 use crate::options::Options;
 
 /// The console is the serial port, and a panic ends the guest at once. Without ACPI the guest cannot switch itself off: its
-/// agent reboots, which StratoVirt takes for the same.
+/// agent reboots, which StratoVirt takes for the same. It has no keyboard controller to reset by, but notices a triple fault.
 const KERNEL_PARAMS: &str =
-    "console=ttyS0 quiet panic=-1 reboot=k pci=off acpi=off random.trust_cpu=on 8250.nr_uarts=1 caisson.end=reboot";
+    "console=ttyS0 quiet panic=-1 reboot=t pci=off acpi=off random.trust_cpu=on 8250.nr_uarts=1 caisson.end=reboot";
 /// What `-m` accepts.
 const MIN_MEMORY_MIB: u64 = 128;
 
