@@ -24,7 +24,11 @@ const FRAGMENT: &str = include_str!("guest.config");
 const FRAGMENT_NAME: &str = "image-builder/src/kernel/guest.config";
 
 /// Programs that the build calls; asked for before anything long is started.
-const PROGRAMS: &[&str] = &["make", "gcc", "flex", "bison", "bc", "strip", "tar", "xz"];
+const PROGRAMS: &[&str] = &["make", "gcc", "flex", "bison", "bc", "lz4", "strip", "tar", "xz"];
+
+/// The bulk of the source, of which no line is compiled; what configures it stays.
+const UNUSED: &[&str] =
+    &["*.rst", "*.dts", "*.dtsi", "*/drivers/gpu/*.[ch]", "*/drivers/media/*.[ch]", "*/sound/*.[ch]"];
 
 /// Goes into the kernel's version line instead of the time and place of the build.
 const IDENTITY: [(&str, &str); 4] = [
@@ -72,7 +76,9 @@ fn unpack(cache: &Cache, package: &Package, work: &Path, progress: &Progress) ->
     fs::create_dir(&source).map_err(Error::file("create", &source))?;
     let archive = debian.join(format!("usr/src/{}.tar.xz", package.name));
     Tool::new("tar", format!("unpack {}", archive.display()))
-        .args(["--extract", "--xz", "--strip-components=1", "--file"])
+        .args(["--extract", "--xz", "--strip-components=1"])
+        .args(UNUSED.iter().map(|pattern| format!("--exclude={pattern}")))
+        .arg("--file")
         .arg(&archive)
         .arg("--directory")
         .arg(&source)

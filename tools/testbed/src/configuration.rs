@@ -27,7 +27,6 @@ impl Configuration {
     pub fn new(hypervisor: Hypervisor, installation: &Installation) -> Self {
         let table = hypervisor.table();
         let mut configuration = Self { hypervisor, tables: Table::new() }
-            .with_option("initrd", path(&installation.initrd))
             .with_option("default_memory", 256)
             .with("runtime.log_level", "info");
         configuration = if configuration.hypervisor.shares_directories() {
@@ -95,15 +94,16 @@ fn path(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Archives;
+    use crate::{Archives, Guest};
 
     fn configuration() -> Configuration {
         let archives = Archives { busybox: "/busybox".into(), nginx: "/nginx".into() };
+        let guest = Guest { kernel: "/kernel".into(), initrd: "/initrd".into() };
         let installation = Installation {
             programs: "/programs".into(),
             qemu: "/qemu".into(),
-            kernel: "/kernel".into(),
-            initrd: "/initrd".into(),
+            guest: guest.clone(),
+            debian_guest: guest,
             virtiofsd: "/virtiofsd".into(),
             archives,
         };

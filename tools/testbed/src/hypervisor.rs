@@ -7,10 +7,11 @@ use std::{
 
 use toml::Value;
 
-use crate::Installation;
+use crate::{Guest, Installation};
 
 const NAME: &str = "TESTBED_HYPERVISOR";
 const KERNEL: &str = "TESTBED_KERNEL";
+const INITRD: &str = "TESTBED_INITRD";
 const OPTIONS: &str = "TESTBED_OPTIONS";
 /// A folder of executables, each named as its hypervisor.
 const FOLDER: &str = "CAISSON_HYPERVISORS";
@@ -20,7 +21,7 @@ const FOLDER: &str = "CAISSON_HYPERVISORS";
 pub struct Hypervisor {
     name: String,
     program: Option<PathBuf>,
-    kernel: PathBuf,
+    guest: Guest,
     options: Vec<(String, Value)>,
 }
 
@@ -30,13 +31,16 @@ impl Hypervisor {
     /// caisson's own, which needs KVM.
     pub const BUILTIN: &str = "builtin";
 
-    /// The one that this run of the tests is about: `$TESTBED_HYPERVISOR` (QEMU unless told), with the guest kernel
-    /// `$TESTBED_KERNEL`, and with `$TESTBED_OPTIONS`, as `key=value key=value`, in its table.
+    /// The one that this run of the tests is about: `$TESTBED_HYPERVISOR` (QEMU unless told), with the guest
+    /// `$TESTBED_KERNEL` and `$TESTBED_INITRD`, and with `$TESTBED_OPTIONS`, as `key=value key=value`, in its table.
     pub fn of_this_run(installation: &Installation) -> Self {
         let name = env::var(NAME).unwrap_or_else(|_| Self::QEMU.to_owned());
         let mut hypervisor = Self::named(&name, installation);
         if let Some(kernel) = env::var_os(KERNEL) {
-            hypervisor.kernel = kernel.into();
+            hypervisor.guest.kernel = kernel.into();
+        }
+        if let Some(initrd) = env::var_os(INITRD) {
+            hypervisor.guest.initrd = initrd.into();
         }
         hypervisor.options = parse_options(&env::var(OPTIONS).unwrap_or_default());
         hypervisor
@@ -49,13 +53,13 @@ impl Hypervisor {
             Self::BUILTIN => None,
             other => env::var_os(FOLDER).map(|folder| PathBuf::from(folder).join(other)),
         };
-        Self { name: name.to_owned(), program, kernel: installation.kernel.clone(), options: Vec::new() }
+        Self { name: name.to_owned(), program, guest: installation.guest.clone(), options: Vec::new() }
     }
 
-    /// With another guest kernel.
+    /// With another guest.
     #[must_use]
-    pub fn with_kernel(mut self, kernel: &Path) -> Self {
-        self.kernel = kernel.to_owned();
+    pub fn with_guest(mut self, guest: &Guest) -> Self {
+        self.guest = guest.clone();
         self
     }
 
@@ -90,7 +94,8 @@ impl Hypervisor {
     /// What its table says besides sizes and shared folders.
     pub(crate) fn table(&self) -> Vec<(String, Value)> {
         let path = |path: &Path| Value::from(path.display().to_string());
-        let mut table = vec![("kernel".to_owned(), path(&self.kernel))];
+        let Guest { kernel, initrd } = &self.guest;
+        let mut table = vec![("kernel".to_owned(), path(kernel)), ("initrd".to_owned(), path(initrd))];
         table.extend(self.program.iter().map(|program| ("path".to_owned(), path(program))));
         table.extend(self.options.iter().cloned());
         table

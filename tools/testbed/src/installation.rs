@@ -17,14 +17,30 @@ pub struct Installation {
     pub programs: PathBuf,
     /// The hypervisor.
     pub qemu: PathBuf,
-    /// The guest's kernel.
-    pub kernel: PathBuf,
-    /// The guest's root file system, with the agent in it.
-    pub initrd: PathBuf,
+    /// With image-builder's own kernel: an ELF file, and the same as `bzImage` beside it.
+    pub guest: Guest,
+    /// With Debian's kernel as it is, for the same hypervisors.
+    pub debian_guest: Guest,
     /// Shares host directories with the guest.
     pub virtiofsd: PathBuf,
     /// Container images.
     pub archives: Archives,
+}
+
+/// What a virtual machine boots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Guest {
+    /// Its kernel.
+    pub kernel: PathBuf,
+    /// Its root file system: the agent, and the kernel's modules if it has any.
+    pub initrd: PathBuf,
+}
+
+impl Guest {
+    /// What image-builder has left in `folder`.
+    pub fn in_folder(folder: &Path) -> Self {
+        Self { kernel: folder.join("vmlinux"), initrd: folder.join("initrd.img") }
+    }
 }
 
 impl Installation {

@@ -38,7 +38,7 @@ pub use containerd::{CAISSON, Containerd, RUNC};
 pub use ctr::Ctr;
 pub use hypervisor::Hypervisor;
 pub use images::{Archives, BUSYBOX, BUSYBOX_APP, NGINX};
-pub use installation::Installation;
+pub use installation::{Guest, Installation};
 pub use kvm::Accelerator;
 pub use results::{Recording, TestResult, Verdict, version_of};
 pub use scope::{Scope, kill, program_name};

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use caisson_testbed::{Accelerator, Cache, Hypervisor, Installation};
+use caisson_testbed::{Accelerator, Cache, Guest, Hypervisor, Installation};
 
 use crate::{
     build::{self, cargo},
@@ -53,34 +53,56 @@ struct Batch {
     name: &'static str,
     tests: &'static str,
     hypervisor: &'static str,
-    /// Beside the installation's kernel.
-    kernel: &'static str,
+    guest: BatchGuest,
     options: &'static str,
+}
+
+/// What a batch boots.
+#[derive(Clone, Copy)]
+enum BatchGuest {
+    /// With image-builder's kernel, uncompressed.
+    Own,
+    /// The same kernel, compressed.
+    OwnCompressed,
+    /// With Debian's kernel as it is.
+    Debian,
+}
+
+impl BatchGuest {
+    fn of(self, installation: &Installation) -> Guest {
+        let Installation { guest, debian_guest, .. } = installation;
+        let compressed = |guest: &Guest| Guest { kernel: guest.kernel.with_file_name("bzImage"), ..guest.clone() };
+        match self {
+            Self::Own => guest.clone(),
+            Self::OwnCompressed => compressed(guest),
+            Self::Debian => compressed(debian_guest),
+        }
+    }
 }
 
 impl Batch {
     const fn suite(name: &'static str, tests: &'static str) -> Self {
-        Self { name, tests, hypervisor: Hypervisor::QEMU, kernel: "vmlinux", options: "" }
+        Self { name, tests, hypervisor: Hypervisor::QEMU, guest: BatchGuest::Own, options: "" }
     }
 
-    const fn builtin(name: &'static str, tests: &'static str, kernel: &'static str) -> Self {
-        Self { name, tests, hypervisor: Hypervisor::BUILTIN, kernel, options: "" }
+    const fn builtin(name: &'static str, tests: &'static str, guest: BatchGuest) -> Self {
+        Self { name, tests, hypervisor: Hypervisor::BUILTIN, guest, options: "" }
     }
 
     /// Another hypervisor's; passed over where its program is not found.
     const fn peer(name: &'static str, hypervisor: &'static str, tests: &'static str) -> Self {
-        Self { name, tests, hypervisor, kernel: "vmlinux", options: "" }
+        Self { name, tests, hypervisor, guest: BatchGuest::Own, options: "" }
     }
 
-    const fn qemu(name: &'static str, tests: &'static str, kernel: &'static str) -> Self {
-        Self { name, tests, hypervisor: Hypervisor::QEMU, kernel, options: "accel=kvm" }
+    const fn qemu(name: &'static str, tests: &'static str, guest: BatchGuest) -> Self {
+        Self { name, tests, hypervisor: Hypervisor::QEMU, guest, options: "accel=kvm" }
     }
 }
 
-const BATCHES: [Batch; 15] = [
+const BATCHES: [Batch; 16] = [
     Batch::suite("every launcher: devices", "binary(launcher) and test(/^devices::/)"),
     Batch::suite("every launcher: disks and integrity", "binary(launcher) and test(/^(disks|integrity)::/)"),
-    Batch::suite("every launcher: life", "binary(launcher) and test(/^(life|snapshot)::/)"),
+    Batch::suite("every launcher: life", "binary(launcher) and test(/^(life|sizes|snapshot)::/)"),
     // What is typed at other serial ports than our own does not always reach a guest in the emulated machine.
     Batch::suite(
         "every launcher: refusals and terminals",
@@ -91,13 +113,18 @@ const BATCHES: [Batch; 15] = [
     Batch::builtin(
         "built-in VMM: containers",
         "binary(end_to_end) and test(/^(crashes|lifecycle|streams)::/)",
-        "vmlinux",
+        BatchGuest::Own,
     ),
-    Batch::builtin("built-in VMM: pods and sizes", "binary(end_to_end) and test(/^(guest|pod|sizes)::/)", "vmlinux"),
-    Batch::builtin("built-in VMM: pods that come and go", "binary(end_to_end) and test(/^cycles::/)", "vmlinux"),
-    Batch::builtin("built-in VMM: Debian's bzImage", SIGN_OF_LIFE, "bzImage"),
-    Batch::qemu("QEMU with KVM: pods", "binary(end_to_end) and test(/^pod::/)", "vmlinux"),
-    Batch::qemu("QEMU with KVM: Debian's bzImage", SIGN_OF_LIFE, "bzImage"),
+    Batch::builtin(
+        "built-in VMM: pods and sizes",
+        "binary(end_to_end) and test(/^(guest|pod|sizes)::/)",
+        BatchGuest::Own,
+    ),
+    Batch::builtin("built-in VMM: pods that come and go", "binary(end_to_end) and test(/^cycles::/)", BatchGuest::Own),
+    Batch::builtin("built-in VMM: a compressed kernel", SIGN_OF_LIFE, BatchGuest::OwnCompressed),
+    Batch::builtin("built-in VMM: Debian's kernel", "binary(end_to_end) and test(/^pod::/)", BatchGuest::Debian),
+    Batch::qemu("QEMU with KVM: pods", "binary(end_to_end) and test(/^pod::/)", BatchGuest::Own),
+    Batch::qemu("QEMU with KVM: Debian's kernel", SIGN_OF_LIFE, BatchGuest::Debian),
     Batch::peer("Firecracker: containers and pods", "firecracker", PEERS_CONTAINERS),
     Batch::peer(
         "Firecracker: root file systems on disks",
@@ -236,7 +263,8 @@ impl Here<'_> {
         let mut command = self.metadata.nextest(self.nextest, profile);
         command.args(["-E", batch.tests]).env("CAISSON_REQUIRED_BACKENDS", required.join(" "));
         command.env("TESTBED_HYPERVISOR", batch.hypervisor).env("TESTBED_OPTIONS", batch.options);
-        command.env("TESTBED_KERNEL", self.installation.kernel.with_file_name(batch.kernel));
+        let Guest { kernel, initrd } = batch.guest.of(self.installation);
+        command.env("TESTBED_KERNEL", kernel).env("TESTBED_INITRD", initrd);
         command.env("CAISSON_LAUNCHERS", &self.installation.programs).env("CAISSON_HYPERVISORS", &self.peers.folder);
         command.envs(results.map(|results| ("CAISSON_RESULTS", results)));
         run(&mut command)

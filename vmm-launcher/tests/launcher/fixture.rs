@@ -232,6 +232,16 @@ case "$(cat /proc/cmdline)" in
         [ "$now" = "$seen" ] || { echo "guest: disks $(cat $now 2>/dev/null)"; seen=$now; }
         usleep 100000
     done ;;
+*do=grow*)
+    seen=none
+    while :; do
+        for switch in /sys/devices/system/cpu/cpu*/online; do
+            [ "$(cat $switch 2>/dev/null)" != 0 ] || echo 1 > $switch
+        done
+        now="$(nproc) processors, $(($(sed -n 's/MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo) / 1024)) MiB"
+        [ "$now" = "$seen" ] || { echo "guest: $now"; seen=$now; }
+        usleep 100000
+    done ;;
 *do=tick*) while :; do echo "guest: tick"; sleep 1; done ;;
 *do=size*)
     echo "guest: $(nproc) processors, $(($(sed -n 's/MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo) / 1024)) MiB"
@@ -255,8 +265,10 @@ impl Images {
     pub fn find() -> Option<Self> {
         let installation = Installation::find();
         let setting = |name| env::var_os(name).map(PathBuf::from);
-        let kernel = setting("CAISSON_TEST_KERNEL").or(installation.as_ref().ok().map(|found| found.kernel.clone()));
-        let initrd = setting("CAISSON_TEST_INITRD").or(installation.as_ref().ok().map(|found| found.initrd.clone()));
+        let kernel =
+            setting("CAISSON_TEST_KERNEL").or(installation.as_ref().ok().map(|found| found.guest.kernel.clone()));
+        let initrd =
+            setting("CAISSON_TEST_INITRD").or(installation.as_ref().ok().map(|found| found.guest.initrd.clone()));
         let (Some(kernel), Some(base)) = (kernel, initrd) else {
             eprintln!(
                 "skipped: no guest to boot; run `cargo xtask setup` or set CAISSON_TEST_KERNEL and CAISSON_TEST_INITRD"

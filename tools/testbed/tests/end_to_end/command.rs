@@ -90,7 +90,7 @@ fn a_shell_in_the_guest_is_refused_unless_the_configuration_allows_it() -> Resul
 fn a_shell_in_the_guest_reads_what_is_typed_and_ends() -> Result<()> {
     let installation = Installation::find()?;
     let dir = tempfile::tempdir()?;
-    let initrd = with_busybox(&installation.initrd, dir.path())?;
+    let initrd = with_busybox(&installation.guest.initrd, dir.path())?;
     let configuration = Configuration::of_this_run(&installation)
         .with_option("initrd", initrd)
         .with("agent.debug_console_enabled", true);

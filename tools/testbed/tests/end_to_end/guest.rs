@@ -20,6 +20,19 @@ fn a_seccomp_profile_is_in_force() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_container_runs_on_debians_kernel_as_it_is() -> Result<()> {
+    let installation = Installation::find()?;
+    let hypervisor = Hypervisor::of_this_run(&installation).with_guest(&installation.debian_guest);
+    let containerd = Containerd::start_with(&installation, &Configuration::new(hypervisor, &installation))?;
+    let id = containerd.run_detached(&[], &["sleep", "600"])?;
+    let release = containerd.exec(&id, &["uname", "-r"]).run()?.success()?.stdout_text();
+    assert!(release.contains("cloud"), "{release}");
+    containerd.remove(&id)?;
+    containerd.assert_nothing_left();
+    Ok(())
+}
+
 /// What `script` prints in a container with `options`, in a virtual machine with a changed configuration.
 fn output(change: impl Fn(Configuration) -> Configuration, options: &[&str], script: &str) -> Result<String> {
     let installation = Installation::find()?;

@@ -39,7 +39,7 @@ fn agent(containerd: &Containerd) -> Result<u64> {
 
 /// The files that the guest boots from.
 pub fn guest_image(installation: &Installation) -> Result<Sizes> {
-    let files = [("kernel", &installation.kernel), ("root file system", &installation.initrd)];
+    let files = [("kernel", &installation.guest.kernel), ("root file system", &installation.guest.initrd)];
     let size = |(name, path): (&str, &std::path::PathBuf)| {
         let length = fs::metadata(path).with_context(|| format!("look at {}", path.display()))?.len();
         Ok((name.to_owned(), length))

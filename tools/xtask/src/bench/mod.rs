@@ -56,9 +56,6 @@ pub fn run(installation: &Installation, command: &Command) -> Result<()> {
         Command::Boot(options) => &options.clock,
         Command::Run(options) => &options.clock,
     };
-    if let (Command::Boot(options), false) = (command, clock.prepared) {
-        options.prepare(installation)?;
-    }
     match command {
         _ if clock.icount => run_in_test_host(installation),
         Command::Boot(options) => boot::run(installation, options),

@@ -10,14 +10,12 @@ use anyhow::{Context, Result, ensure};
 use caisson_testbed::Installation;
 
 use super::Options;
-use crate::step::{run, step};
 
 /// What the first process says.
 pub const SIGN: &str = "first process started";
 /// The kernel's command line, for every hypervisor.
 pub const PARAMETERS: &str = "console=ttyS0 quiet panic=-1";
 const BUSYBOX: &str = "/bin/busybox";
-const RECIPE: &str = "[kernel]\nflavour = \"debian-source\"\n";
 
 /// The guest.
 #[derive(Clone, Debug)]
@@ -35,31 +33,14 @@ pub struct Guest {
 impl Guest {
     /// Makes the initrd in `folder`.
     pub fn make(installation: &Installation, folder: &Path, options: &Options) -> Result<Self> {
-        let small = small_kernel_folder(installation);
-        let own = installation.kernel.parent().context("the guest's kernel is in no folder")?;
-        let kernels = if options.small_kernel { &small } else { own };
+        let whose = if options.debian_kernel { &installation.debian_guest } else { &installation.guest };
         Ok(Self {
-            vmlinux: kernels.join("vmlinux"),
-            bz_image: kernels.join("bzImage"),
+            vmlinux: whose.kernel.clone(),
+            bz_image: whose.kernel.with_file_name("bzImage"),
             initrd: make_initrd(folder)?,
             memory_mib: options.memory_mib,
         })
     }
-}
-
-/// image-builder keeps it: the second time is quick.
-pub fn build_small_kernel(installation: &Installation) -> Result<()> {
-    let output = small_kernel_folder(installation);
-    fs::create_dir_all(&output).with_context(|| format!("make {}", output.display()))?;
-    let recipe = output.join("recipe.toml");
-    fs::write(&recipe, RECIPE).context("write the kernel's recipe")?;
-    let mut builder = Command::new(installation.programs.join("image-builder"));
-    builder.args(["build", "kernel", "--manifest"]).arg(recipe).arg("--output").arg(&output);
-    step("build the small kernel", || run(&mut builder))
-}
-
-fn small_kernel_folder(installation: &Installation) -> PathBuf {
-    installation.programs.join("small-kernel")
 }
 
 fn make_initrd(folder: &Path) -> Result<PathBuf> {

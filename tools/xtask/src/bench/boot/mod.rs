@@ -23,9 +23,9 @@ pub struct Options {
     /// The guest's memory in MiB
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(64..))]
     memory_mib: u64,
-    /// Boots image-builder's own small kernel, which takes minutes to compile once, instead of Debian's
+    /// Boots Debian's kernel instead of image-builder's own
     #[arg(long)]
-    small_kernel: bool,
+    debian_kernel: bool,
     /// Only these, by name
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
@@ -34,13 +34,6 @@ pub struct Options {
     json: bool,
     #[command(flatten)]
     pub(super) clock: Clock,
-}
-
-impl Options {
-    /// Builds what is built where cargo is.
-    pub fn prepare(&self, installation: &Installation) -> Result<()> {
-        if self.small_kernel { guest::build_small_kernel(installation) } else { Ok(()) }
-    }
 }
 
 /// Measures and prints.

@@ -69,7 +69,7 @@ impl Boot {
 pub struct Report {
     /// Of the host.
     host_kernel: String,
-    /// `debian` or `small`.
+    /// `image-builder` or `debian`.
     guest_kernel: &'static str,
     memory_mib: u64,
     boots: Vec<Boot>,
@@ -84,7 +84,7 @@ impl Report {
         let ratio = |boot: &Boot| Some((boot.name.clone(), boot.exec_to_init / ours?));
         Self {
             host_kernel: host_kernel.to_owned(),
-            guest_kernel: if options.small_kernel { "small" } else { "debian" },
+            guest_kernel: if options.debian_kernel { "debian" } else { "image-builder" },
             memory_mib: options.memory_mib,
             ratios: boots.iter().filter_map(ratio).collect(),
             boots,
