@@ -14,5 +14,6 @@ mod disks;
 mod integrity;
 mod life;
 mod refusals;
+mod sizes;
 mod snapshot;
 mod terminal;

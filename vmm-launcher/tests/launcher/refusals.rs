@@ -26,7 +26,6 @@ for_each_backend!(
 for_backend!(
     qemu_only,
     Qemu,
-    what_a_hypervisor_is_not_made_to_do_is_unimplemented_and_no_capability,
     a_machine_that_does_not_exist_is_refused_with_those_that_do,
     a_hypervisor_that_is_something_else_is_told_in_its_own_words,
     a_processor_feature_that_does_not_exist_is_told_in_qemus_words,

@@ -4,20 +4,43 @@ use std::{fs, time::Duration};
 
 use caisson_protocol::{
     deadline,
-    vmm::{Console, PauseRequest, RestoreRequest, ResumeRequest, SnapshotRequest, VmState, device::Kind},
+    status::{Code, Status},
+    vmm::{Console, Fs, PauseRequest, RestoreRequest, ResumeRequest, SnapshotRequest, VmState, device::Kind},
 };
 
-use crate::fixture::{Backend, Images, LIMIT, Launcher, device, for_backend, text};
+use crate::fixture::{Backend, Images, LIMIT, Launcher, children, device, for_backend, text};
 
+for_backend!(
+    qemu,
+    Qemu,
+    a_restored_guest_of_microvm_goes_on_where_it_was,
+    a_restored_guest_of_q35_goes_on_where_it_was,
+    a_running_guest_is_not_saved,
+    a_guest_with_a_shared_folder_is_not_saved,
+    what_is_no_snapshot_is_refused
+);
 for_backend!(cloud_hypervisor, CloudHypervisor, a_restored_guest_goes_on_where_it_was);
 for_backend!(firecracker, Firecracker, a_restored_guest_goes_on_where_it_was);
 
 async fn a_restored_guest_goes_on_where_it_was(backend: Backend) {
+    goes_on_where_it_was(backend, "").await;
+}
+
+async fn a_restored_guest_of_microvm_goes_on_where_it_was(backend: Backend) {
+    goes_on_where_it_was(backend, "\nmachine_type = \"microvm\"").await;
+}
+
+async fn a_restored_guest_of_q35_goes_on_where_it_was(backend: Backend) {
+    goes_on_where_it_was(backend, "\nmachine_type = \"q35\"").await;
+}
+
+async fn goes_on_where_it_was(backend: Backend, options: &str) {
     let Some(images) = Images::find() else { return };
     let snapshot = images.dir.path().join("snapshot");
     fs::create_dir(&snapshot).unwrap();
     let first = Launcher::start(backend).await;
     let mut request = first.request(&images, "tick");
+    request.options += options;
     let log = first.dir.path().join("console.log");
     request.vm.as_mut().unwrap().devices =
         vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
@@ -46,4 +69,60 @@ async fn a_restored_guest_goes_on_where_it_was(backend: Backend) {
 
     second.until_console_has(&log, "guest: tick").await;
     assert!(!fs::read_to_string(log).unwrap().contains("guest: up"));
+}
+
+async fn a_running_guest_is_not_saved(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    launcher.create(&launcher.request(&images, "sleep")).await.unwrap();
+    launcher.boot().await.unwrap();
+    let status = refusal(&launcher, &images).await;
+    assert_eq!(status, Status::new(Code::FAILED_PRECONDITION, "cannot snapshot a VM that is running"));
+}
+
+async fn a_guest_with_a_shared_folder_is_not_saved(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let mut request = launcher.request(&images, "sleep");
+    let daemon_path = text(&images.virtiofsd);
+    let fs = Fs { tag: "share".into(), shared_dir: "/tmp".into(), daemon_path, ..Default::default() };
+    request.vm.as_mut().unwrap().devices = vec![device("fs", Kind::Fs(fs))];
+    launcher.create(&request).await.unwrap();
+    let status = refusal(&launcher, &images).await;
+    assert_eq!(status.code, Code::UNIMPLEMENTED);
+    assert!(status.message.starts_with("a VM that shares a folder cannot be saved: "), "{status}");
+}
+
+/// The answer to a snapshot, which leaves nothing.
+async fn refusal(launcher: &Launcher, images: &Images) -> Status {
+    let directory = images.dir.path().join("snapshot");
+    fs::create_dir(&directory).unwrap();
+    let request = SnapshotRequest { directory: text(&directory), ..Default::default() };
+    let status = Status::from(launcher.client.snapshot(deadline(LIMIT), &request).await.unwrap_err());
+    assert_eq!(fs::read_dir(directory).unwrap().count(), 0);
+    status
+}
+
+async fn what_is_no_snapshot_is_refused(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let request = launcher.request(&images, "sleep");
+    let mut restore = RestoreRequest {
+        run_dir: text(&launcher.run_dir()),
+        directory: text(images.dir.path()),
+        vm: request.vm,
+        options: request.options,
+        ..Default::default()
+    };
+    let missing = Status::from(launcher.client.restore(deadline(LIMIT), &restore).await.unwrap_err());
+    assert_eq!(missing.code, Code::INVALID_ARGUMENT);
+    assert!(missing.message.starts_with(&format!("open the snapshot {}/", images.dir.path().display())), "{missing}");
+
+    fs::write(images.dir.path().join("qemu.migration"), "no machine").unwrap();
+    let launcher = Launcher::start(backend).await;
+    restore.run_dir = text(&launcher.run_dir());
+    let broken = Status::from(launcher.client.restore(deadline(LIMIT), &restore).await.unwrap_err());
+    assert_eq!(broken.code, Code::UNAVAILABLE);
+    assert!(broken.message.contains("migration"), "{broken}");
+    assert_eq!(children(launcher.child.id().unwrap()), Vec::<u32>::new());
 }

@@ -9,6 +9,8 @@ use crate::{
     accelerator::Accelerator,
     hotplug,
     options::{MachineType, Options},
+    saved::Saved,
+    sizes::{self, room_mib},
 };
 
 /// q35 without what a guest under `virtio` never looks at; each would cost time at boot.
@@ -22,10 +24,15 @@ const MICROVM_FIRMWARE: &str = "qboot.rom";
 /// Everything that TCG emulates except a fifth level of page tables: a walk of one less makes booting 5 % quicker.
 const TCG_CPU: &str = "max,la57=off";
 
+/// A device that is memory to the guest has its place at a multiple of this, in MiB.
+const PLACE_MIB: u64 = 1024;
+
 /// Grows until QEMU is started.
 #[derive(Debug)]
 pub struct CommandLine {
     machine_type: MachineType,
+    /// Whether other processes read and write the guest's memory.
+    shared_memory: bool,
     pub arguments: Vec<String>,
     pub descriptors: Vec<OwnedFd>,
 }
@@ -33,7 +40,8 @@ pub struct CommandLine {
 impl CommandLine {
     /// A machine without devices that waits before its first instruction.
     pub fn new(vm: &VmConfig, options: &Options, accelerator: Accelerator, shared_memory: bool) -> Self {
-        let mut line = Self { machine_type: options.machine_type, arguments: Vec::new(), descriptors: Vec::new() };
+        let mut line =
+            Self { machine_type: options.machine_type, shared_memory, arguments: Vec::new(), descriptors: Vec::new() };
         let mut machine = match options.machine_type {
             MachineType::Microvm => MICROVM.to_owned(),
             MachineType::Q35 => Q35.to_owned(),
@@ -67,8 +75,23 @@ impl CommandLine {
         }
         line.push("-accel", accel);
         line.push("-cpu", cpu);
-        line.push("-m", format!("{}M", vm.memory_mib));
-        line.push("-smp", vm.vcpus.to_string());
+        match options.machine_type {
+            MachineType::Microvm => {
+                line.push("-m", format!("{}M", vm.memory_mib));
+                line.push("-smp", vm.vcpus.to_string());
+            }
+            MachineType::Q35 => {
+                let room_mib = room_mib(vm.memory_mib, vm.max_memory_mib);
+                let most = match place_mib(room_mib) {
+                    0 => String::new(),
+                    place_mib => format!(",maxmem={}M", vm.memory_mib + place_mib),
+                };
+                line.push("-m", format!("{}M{most}", vm.memory_mib));
+                let most = if vm.max_vcpus > vm.vcpus { format!(",maxcpus={}", vm.max_vcpus) } else { String::new() };
+                line.push("-smp", format!("{}{most}", vm.vcpus));
+                line.more_memory(room_mib);
+            }
+        }
         line
     }
 
@@ -138,6 +161,26 @@ impl CommandLine {
         }
     }
 
+    /// A device that holds up to `room_mib` of memory, and nothing yet.
+    fn more_memory(&mut self, room_mib: u64) {
+        if room_mib == 0 {
+            return;
+        }
+        let (id, block_mib) = (sizes::MEMORY_ID, sizes::MEMORY_BLOCK_MIB);
+        let (backend, share) = if self.shared_memory { ("memfd", ",share=on") } else { ("ram", "") };
+        self.push("-object", format!("memory-backend-{backend},id=memory-{id},size={room_mib}M,reserve=off{share}"));
+        self.push(
+            "-device",
+            format!("virtio-mem-pci,id={id},memdev=memory-{id},requested-size=0,block-size={block_mib}M"),
+        );
+    }
+
+    /// Instead of a boot. Answers what the VM is to be read from.
+    pub fn incoming(&mut self, saved: Saved) -> String {
+        self.push("-incoming", "defer");
+        format!("fd:{}", self.inherit(saved.into_fd()))
+    }
+
     pub fn rng(&mut self, id: &str, source: &str) {
         self.push("-object", format!("rng-random,id=rng-{id},filename={}", escape(source)));
         self.device("virtio-rng", id, &format!("rng=rng-{id}"));
@@ -177,6 +220,11 @@ impl CommandLine {
         self.descriptors.push(fd);
         number
     }
+}
+
+/// In MiB: what q35 keeps room for above the guest's first memory. It costs nothing until it is used.
+fn place_mib(room_mib: u64) -> u64 {
+    if room_mib > 0 { room_mib.next_multiple_of(PLACE_MIB) + PLACE_MIB } else { 0 }
 }
 
 /// A comma in a value is written twice, `qemu(1)`.

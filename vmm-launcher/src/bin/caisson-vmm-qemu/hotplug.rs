@@ -48,6 +48,11 @@ impl Slots {
         }
     }
 
+    /// Whether nothing came while the VM ran that has not gone again.
+    pub fn are_empty(&self) -> bool {
+        self.devices.lock().expect("nobody panics with the slots").attached.is_empty()
+    }
+
     /// Adds `device`, and answers where the guest finds it.
     pub async fn attach(&self, device: &Device, qmp: &Qmp) -> Result<String> {
         let id = device.id.as_str();

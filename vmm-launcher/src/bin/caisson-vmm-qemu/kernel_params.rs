@@ -6,6 +6,9 @@ use caisson_protocol::vmm::VmConfig;
 /// agent says is worth a slow serial port, QEMU's random numbers are trusted, and there is one serial port to look for.
 const ALWAYS: &str = "console=ttyS0 quiet panic=-1 reboot=t random.trust_cpu=on 8250.nr_uarts=1 cryptomgr.notests";
 
+/// Memory that comes later is used, and only for what can be moved when it has to go again.
+const ONLINE: &str = "memhp_default_state=online_movable";
+
 /// The command line; what `vm` asks for comes last and wins. `tsc_khz` is the frequency of the time stamp counter of an
 /// emulated guest, which is the host's.
 pub fn kernel_params(vm: &VmConfig, tsc_khz: Option<u64>) -> String {
@@ -14,6 +17,9 @@ pub fn kernel_params(vm: &VmConfig, tsc_khz: Option<u64>) -> String {
         // Emulated timers tick when the host has time for them: a guest that measures its clock against them, or waits
         // for them to prove themselves, gets it wrong on a busy host or never gets on.
         params.push(format!("no_timer_check tsc=reliable tsc_early_khz={khz}"));
+    }
+    if vm.max_memory_mib > vm.memory_mib {
+        params.push(ONLINE.into());
     }
     if !vm.image.is_empty() {
         params.push("root=/dev/vda ro".into());

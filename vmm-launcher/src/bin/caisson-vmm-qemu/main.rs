@@ -7,7 +7,10 @@ mod command_line;
 mod hotplug;
 mod kernel_params;
 mod options;
+mod probe;
 mod qemu;
+mod saved;
+mod sizes;
 
 use std::process::ExitCode;
 

@@ -1,21 +1,22 @@
 //! One QEMU process with its VM.
 
 use std::{
-    path::Path,
-    process::Stdio,
+    collections::HashMap,
+    path::{Path, PathBuf},
     sync::Mutex,
     time::{Duration, Instant},
 };
 
 use caisson_protocol::vmm::{
-    Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, WaitResponse, device::Kind,
+    Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeMemoryRequest,
+    ResizeVcpusRequest, RestoreRequest, SnapshotRequest, VmConfig, WaitResponse, device::Kind,
 };
 use caisson_vmm_launcher::{
     Error, Result,
     console::{self, Audience, Console},
     guest_vsock::GuestVsock,
     hypervisor::{Created, Hypervisor},
-    kernel,
+    kernel, metrics,
     options::{describe, parse},
     process::{Ended, Process},
     qmp::Qmp,
@@ -26,7 +27,7 @@ use caisson_vmm_launcher::{
     vsock::VsockBackend,
 };
 use serde_json::json;
-use tokio::{process::Command, time::timeout};
+use tokio::time::timeout;
 use tracing::{debug, info};
 
 use crate::{
@@ -35,11 +36,15 @@ use crate::{
     hotplug::Slots,
     kernel_params::kernel_params,
     options::{DOCS, MachineType, Options},
+    probe::Installed,
+    saved::{self, Saved},
+    sizes::Sizes,
 };
 
 /// QEMU is ready in a tenth of a second, unless the host is very busy.
 const START_DEADLINE: Duration = Duration::from_secs(30);
-const VERSION_DEADLINE: Duration = Duration::from_secs(10);
+/// It reads all of the guest's memory first.
+const RESTORE_DEADLINE: Duration = Duration::from_secs(150);
 /// A helper ends when QEMU closes its connection, and that is shortly before QEMU itself has ended.
 const HELPER_AFTER_QEMU: Duration = Duration::from_secs(1);
 /// How much later a helper's end may be heard of than that of the QEMU that ended by it.
@@ -51,15 +56,25 @@ const MAX_VCPUS: u32 = 255;
 /// The image is the first disk.
 const IMAGE_ID: &str = "image";
 
+/// The driver that a kind of device takes.
+const DRIVERS: &[(&str, &str)] = &[
+    ("block", "virtio-blk-device"),
+    ("net", "virtio-net-device"),
+    ("vsock", "vhost-user-vsock-device"),
+    ("fs", "vhost-user-fs-device"),
+    ("balloon", "virtio-balloon-device"),
+    ("rng", "virtio-rng-device"),
+    ("console", "isa-serial"),
+];
+
 /// For `Capabilities`.
 const MISSING: &[(&str, &str)] = &[
     ("block-hotplug", "microvm takes no devices while it runs; machine_type = \"q35\" does"),
     ("net-hotplug", "microvm takes no devices while it runs; machine_type = \"q35\" does"),
     ("pmem", "the launcher gives QEMU none yet"),
     ("vfio", "the launcher gives QEMU none of the host's devices yet"),
-    ("snapshot", "the launcher does not save QEMU's guests yet"),
-    ("resize-vcpus", "the launcher does not resize QEMU's guests yet"),
-    ("resize-memory", "the launcher does not resize QEMU's guests yet"),
+    ("resize-vcpus", "microvm keeps the number that it was made with; machine_type = \"q35\" does not"),
+    ("resize-memory", "microvm keeps what it was made with; machine_type = \"q35\" does not"),
     ("tdx", "the launcher starts no confidential guests yet"),
     ("sev-snp", "the launcher starts no confidential guests yet"),
 ];
@@ -71,8 +86,10 @@ pub struct Qemu {
     console: Console,
     helpers: Mutex<Helpers>,
     slots: Slots,
-    memory_mib: u64,
-    vcpus: u32,
+    sizes: Sizes,
+    run_dir: PathBuf,
+    /// A device that keeps the VM from being saved.
+    unsaveable: Option<String>,
 }
 
 /// What lives as long as QEMU does.
@@ -91,33 +108,39 @@ impl Hypervisor for Qemu {
     }
 
     async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
-        let version = version(path).await?;
+        let installed = Installed::find(path).await?;
         let (accelerator, why) = accelerator::choose(Options::default().accel).await?;
-        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+        let mut missing: HashMap<String, String> =
+            MISSING.iter().map(|(what, why)| ((*what).to_owned(), (*why).to_owned())).collect();
+        let (present, absent): (Vec<_>, Vec<_>) = DRIVERS.iter().partition(|(_, driver)| installed.has(driver));
+        for (kind, driver) in absent {
+            missing.insert((*kind).to_owned(), format!("this QEMU was built without {driver}"));
+        }
         Ok(CapabilitiesResponse {
-            version,
-            devices: words(&["block", "net", "vsock", "fs", "balloon", "rng", "console"]),
+            version: installed.version,
+            devices: present.iter().map(|(kind, _)| (*kind).to_owned()).collect(),
             hotplug: hotplug_kinds(Options::default().machine_type),
-            operations: words(&["pause"]),
+            operations: vec!["pause".into(), "snapshot".into()],
             accelerator: accelerator.name().into(),
             accelerator_reason: why,
-            missing: MISSING.iter().map(|(what, why)| ((*what).to_owned(), (*why).to_owned())).collect(),
+            missing,
             ..Default::default()
         })
     }
 
     async fn create(request: &CreateRequest, audience: Audience) -> Result<Created<Self>> {
-        let mut helpers = Helpers::default();
-        match start(request, audience, &mut helpers).await {
-            Ok(created) => {
-                *created.hypervisor.helpers.lock().expect("nobody panics with the helpers") = helpers;
-                Ok(created)
-            }
-            Err(error) => {
-                helpers.end().await;
-                Err(error)
-            }
-        }
+        start(request, audience, None).await
+    }
+
+    async fn restore(request: &RestoreRequest, audience: Audience) -> Result<Created<Self>> {
+        let saved = Saved::open(Path::new(&request.directory))?;
+        let create = CreateRequest {
+            run_dir: request.run_dir.clone(),
+            vm: request.vm.clone(),
+            options: request.options.clone(),
+            ..Default::default()
+        };
+        start(&create, audience, Some(saved)).await
     }
 
     async fn boot(&self) -> Result<()> {
@@ -143,6 +166,27 @@ impl Hypervisor for Qemu {
 
     async fn detach(&self, id: &str) -> Result<()> {
         self.slots.detach(id, &self.qmp).await
+    }
+
+    async fn snapshot(&self, request: &SnapshotRequest) -> Result<()> {
+        if let Some(why) = &self.unsaveable {
+            return Err(Error::Unsupported(why.clone()));
+        }
+        if !self.slots.are_empty() || !self.sizes.are_the_first() {
+            return Err(Error::Invalid(
+                "a VM is restored as it was made: detach what was attached and undo what was resized before a snapshot"
+                    .into(),
+            ));
+        }
+        saved::save(Path::new(&request.directory), &self.run_dir, &self.qmp).await
+    }
+
+    async fn resize_vcpus(&self, request: &ResizeVcpusRequest) -> Result<u32> {
+        self.sizes.resize_vcpus(request.vcpus, &self.qmp).await
+    }
+
+    async fn resize_memory(&self, request: &ResizeMemoryRequest) -> Result<u64> {
+        self.sizes.resize_memory(request.memory_mib, &self.qmp).await
     }
 
     fn kill(&self) {
@@ -180,18 +224,36 @@ impl Hypervisor for Qemu {
     }
 
     async fn metrics(&self) -> Result<String> {
-        Ok(format!(
-            "# HELP caisson_vm_memory_bytes The guest's memory.\n# TYPE caisson_vm_memory_bytes gauge\n\
-             caisson_vm_memory_bytes {}\n\
-             # HELP caisson_vm_vcpus The guest's processors.\n# TYPE caisson_vm_vcpus gauge\ncaisson_vm_vcpus {}\n",
-            self.memory_mib << 20,
-            self.vcpus
-        ))
+        let size = self.sizes.now();
+        let mut metrics = metrics::Metrics::default();
+        metrics.number(metrics::MEMORY, size.memory_mib << 20);
+        metrics.number(metrics::VCPUS, size.vcpus.into());
+        Ok(metrics.text())
     }
 }
 
-/// Starts QEMU and everything that it needs. When this fails QEMU has ended; `helpers` are left to the caller.
-async fn start(request: &CreateRequest, audience: Audience, helpers: &mut Helpers) -> Result<Created<Qemu>> {
+/// Starts QEMU with a new VM, or with a saved one, and everything that it needs. When this fails all of it has ended.
+async fn start(request: &CreateRequest, audience: Audience, saved: Option<Saved>) -> Result<Created<Qemu>> {
+    let mut helpers = Helpers::default();
+    match start_with(request, audience, saved, &mut helpers).await {
+        Ok(created) => {
+            *created.hypervisor.helpers.lock().expect("nobody panics with the helpers") = helpers;
+            Ok(created)
+        }
+        Err(error) => {
+            helpers.end().await;
+            Err(error)
+        }
+    }
+}
+
+/// When this fails QEMU has ended; `helpers` are left to the caller.
+async fn start_with(
+    request: &CreateRequest,
+    audience: Audience,
+    saved: Option<Saved>,
+    helpers: &mut Helpers,
+) -> Result<Created<Qemu>> {
     let (clock, started) = (Moment::now(), Instant::now());
     let vm = request::check(request, MAX_VCPUS)?;
     let options: Options = parse(&request.options)?;
@@ -213,6 +275,7 @@ async fn start(request: &CreateRequest, audience: Audience, helpers: &mut Helper
         let address = add(device, Path::new(&request.run_dir), &mut line, helpers)?;
         devices.push(GuestDevice { id: device.id.clone(), address, ..Default::default() });
     }
+    let incoming = saved.map(|saved| line.incoming(saved));
     // As late as can be: the clock is known the better the longer it was watched.
     let tsc_khz = (accelerator == Accelerator::Tcg).then(|| clock.khz());
     line.kernel(vm, kernel_params(vm, tsc_khz));
@@ -221,26 +284,51 @@ async fn start(request: &CreateRequest, audience: Audience, helpers: &mut Helper
     debug!(arguments = ?line.arguments, "starting QEMU");
     let spawned = Instant::now();
     let process = Process::start(Path::new(&vm.hypervisor_path), &line.arguments, line.descriptors)?;
-    if let Err(error) = ready(&process, &qmp, &helpers.file_servers).await {
+    if let Err(error) = ready(&process, &qmp, incoming.as_deref(), &helpers.file_servers).await {
         process.kill();
         process.ended().await;
         return Err(error);
     }
     info!(prepare = ?spawned - started, start = ?spawned.elapsed(), "QEMU started");
-    let slots = Slots::new(options.machine_type, options.hotplug_slots);
-    let (memory_mib, vcpus, helpers) = (vm.memory_mib, vm.vcpus, Mutex::default());
-    Ok(Created { hypervisor: Qemu { process, qmp, console, helpers, slots, memory_mib, vcpus }, devices })
+    let hypervisor = Qemu {
+        process,
+        qmp,
+        console,
+        helpers: Mutex::default(),
+        slots: Slots::new(options.machine_type, options.hotplug_slots),
+        sizes: Sizes::of(vm, options.machine_type),
+        run_dir: request.run_dir.clone().into(),
+        unsaveable: unsaveable(vm),
+    };
+    Ok(Created { hypervisor, devices })
+}
+
+/// Why `vm` cannot be saved.
+fn unsaveable(vm: &VmConfig) -> Option<String> {
+    vm.devices.iter().find(|device| matches!(device.kind, Some(Kind::Fs(_)))).map(|device| {
+        format!(
+            "a VM that shares a folder cannot be saved: QEMU does not save what virtiofsd knows of \"{}\"",
+            device.id
+        )
+    })
 }
 
 /// Waits until QEMU answers; whatever ends before is the reason why it does not.
-async fn ready(process: &Process, qmp: &Qmp, file_servers: &[Virtiofsd]) -> Result<()> {
+async fn ready(process: &Process, qmp: &Qmp, incoming: Option<&str>, file_servers: &[Virtiofsd]) -> Result<()> {
+    let answers = async {
+        qmp.negotiate().await?;
+        match incoming {
+            Some(uri) => saved::load(uri, qmp).await,
+            None => Ok(()),
+        }
+    };
     let ready = async {
         tokio::select! {
             // A helper that died explains a QEMU that died of it.
             biased;
             helper = any_failed(file_servers) => Err(Error::Hypervisor(helper)),
             ended = process.ended() => Err(did_not_start(process, &ended, file_servers).await),
-            ready = qmp.negotiate() => match ready {
+            ready = answers => match ready {
                 Ok(()) => Ok(()),
                 // QEMU greets before it makes its machine; when that fails, its connection ends before it does.
                 Err(error) => match timeout(QEMU_AFTER_QMP, process.ended()).await {
@@ -250,8 +338,9 @@ async fn ready(process: &Process, qmp: &Qmp, file_servers: &[Virtiofsd]) -> Resu
             }
         }
     };
-    timeout(START_DEADLINE, ready).await.unwrap_or_else(|_| {
-        let (pid, seconds) = (process.pid(), START_DEADLINE.as_secs());
+    let deadline = if incoming.is_some() { RESTORE_DEADLINE } else { START_DEADLINE };
+    timeout(deadline, ready).await.unwrap_or_else(|_| {
+        let (pid, seconds) = (process.pid(), deadline.as_secs());
         Err(Error::Hypervisor(format!("QEMU (pid {pid}) did not answer within {seconds} s of its start")))
     })
 }
@@ -336,20 +425,5 @@ fn hotplug_kinds(machine_type: MachineType) -> Vec<String> {
     match machine_type {
         MachineType::Microvm => Vec::new(),
         MachineType::Q35 => vec!["block".into(), "net".into()],
-    }
-}
-
-/// The first line of `--version`.
-async fn version(path: &Path) -> Result<String> {
-    let run = Command::new(path).arg("--version").stdin(Stdio::null()).kill_on_drop(true).output();
-    let output = timeout(VERSION_DEADLINE, run)
-        .await
-        .map_err(|_| Error::Hypervisor(format!("{} --version does not end", path.display())))?
-        .map_err(Error::host(format!("execute {}", path.display())))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let line = text.lines().next().unwrap_or_default();
-    match line.strip_prefix("QEMU emulator version ") {
-        Some(version) => Ok(version.to_owned()),
-        None => Err(Error::Invalid(format!("{} is not QEMU: --version does not say so", path.display()))),
     }
 }

@@ -1,0 +1,97 @@
+//! Processors and memory that come and go while a VM runs.
+
+use std::{fs, path::PathBuf};
+
+use caisson_protocol::{
+    deadline,
+    status::{Code, Status},
+    vmm::{self, Console, ResizeMemoryRequest, ResizeVcpusRequest, device::Kind},
+};
+
+use crate::fixture::{Backend, Images, LIMIT, Launcher, device, for_backend, text};
+
+for_backend!(
+    qemu,
+    Qemu,
+    processors_of_q35_come_and_go,
+    memory_of_q35_comes_and_goes,
+    more_than_a_vm_was_made_for_is_refused,
+    microvm_cannot_be_resized_and_says_so
+);
+
+const Q35: &str = "\nmachine_type = \"q35\"";
+
+/// A guest that tells whenever its size changes.
+async fn growing(backend: Backend, images: &Images, options: &str) -> (Launcher, PathBuf) {
+    let launcher = Launcher::start(backend).await;
+    let mut request = launcher.request(images, "grow");
+    request.options += options;
+    let log = launcher.dir.path().join("console.log");
+    let vm = request.vm.as_mut().unwrap();
+    (vm.max_vcpus, vm.max_memory_mib) = (3, 512);
+    vm.devices = vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    launcher.create(&request).await.unwrap();
+    (launcher, log)
+}
+
+async fn resize_vcpus(launcher: &Launcher, vcpus: u32) -> Result<u32, Status> {
+    let request = ResizeVcpusRequest { vcpus, ..Default::default() };
+    launcher.client.resize_vcpus(deadline(LIMIT), &request).await.map(|done| done.vcpus).map_err(Status::from)
+}
+
+async fn resize_memory(launcher: &Launcher, memory_mib: u64) -> Result<u64, Status> {
+    let request = ResizeMemoryRequest { memory_mib, ..Default::default() };
+    launcher.client.resize_memory(deadline(LIMIT), &request).await.map(|done| done.memory_mib).map_err(Status::from)
+}
+
+async fn processors_of_q35_come_and_go(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let (launcher, log) = growing(backend, &images, Q35).await;
+    launcher.boot().await.unwrap();
+    launcher.until_console_has(&log, "guest: 1 processors").await;
+
+    assert_eq!(resize_vcpus(&launcher, 3).await, Ok(3));
+    launcher.until_console_has(&log, "guest: 3 processors").await;
+    assert_eq!(resize_vcpus(&launcher, 2).await, Ok(2));
+    launcher.until_console_has(&log, "guest: 2 processors").await;
+    let metrics = launcher.client.metrics(deadline(LIMIT), &vmm::MetricsRequest::new()).await.unwrap().text;
+    assert!(metrics.contains("\ncaisson_vm_vcpus 2\n"), "{metrics}");
+}
+
+async fn memory_of_q35_comes_and_goes(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let (launcher, log) = growing(backend, &images, Q35).await;
+    launcher.boot().await.unwrap();
+    launcher.until_console_has(&log, " MiB").await;
+    let told = fs::read_to_string(&log).unwrap();
+    let usable = told.lines().find_map(|line| line.strip_prefix("guest: 1 processors, ")?.strip_suffix(" MiB"));
+    let usable: u64 = usable.unwrap().parse().unwrap();
+
+    assert_eq!(resize_memory(&launcher, 448).await, Ok(448));
+    launcher.until_console_has(&log, &format!("guest: 1 processors, {} MiB", usable + 256)).await;
+    assert_eq!(resize_memory(&launcher, 192).await, Ok(192));
+    launcher.until_console_has(&log, &format!("{} MiB\r\nguest: 1 processors, {usable} MiB", usable + 256)).await;
+}
+
+async fn more_than_a_vm_was_made_for_is_refused(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let (launcher, _) = growing(backend, &images, Q35).await;
+    let refused = |message: &str| Status::new(Code::INVALID_ARGUMENT, message);
+    let vcpus = "4 vCPUs cannot be had while the VM runs: 1 to 3, which its max_vcpus says";
+    assert_eq!(resize_vcpus(&launcher, 4).await, Err(refused(vcpus)));
+    let memory = "513 MiB of memory cannot be had while the VM runs: 192 to 512, which its max_memory_mib says";
+    assert_eq!(resize_memory(&launcher, 513).await, Err(refused(memory)));
+}
+
+async fn microvm_cannot_be_resized_and_says_so(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let (launcher, _) = growing(backend, &images, "").await;
+    let able = launcher.client.capabilities(deadline(LIMIT), &vmm::CapabilitiesRequest::new()).await.unwrap();
+    assert_eq!(able.operations, ["pause", "snapshot"]);
+    for refused in [resize_vcpus(&launcher, 2).await.map(u64::from), resize_memory(&launcher, 256).await] {
+        let status = refused.unwrap_err();
+        assert_eq!(status.code, Code::UNIMPLEMENTED);
+        assert!(status.message.contains("machine_type = \"q35\" can be resized"), "{status}");
+    }
+    assert!(able.missing["resize-vcpus"].contains("q35") && able.missing["resize-memory"].contains("q35"));
+}
