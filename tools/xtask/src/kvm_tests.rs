@@ -99,7 +99,7 @@ impl Batch {
     }
 }
 
-const BATCHES: [Batch; 16] = [
+const BATCHES: [Batch; 15] = [
     Batch::suite("every launcher: devices", "binary(launcher) and test(/^devices::/)"),
     Batch::suite("every launcher: disks and integrity", "binary(launcher) and test(/^(disks|integrity)::/)"),
     Batch::suite("every launcher: life", "binary(launcher) and test(/^(life|sizes|snapshot)::/)"),
@@ -120,7 +120,6 @@ const BATCHES: [Batch; 16] = [
         "binary(end_to_end) and test(/^(guest|pod|sizes)::/)",
         BatchGuest::Own,
     ),
-    Batch::builtin("built-in VMM: pods that come and go", "binary(end_to_end) and test(/^cycles::/)", BatchGuest::Own),
     Batch::builtin("built-in VMM: a compressed kernel", SIGN_OF_LIFE, BatchGuest::OwnCompressed),
     Batch::builtin("built-in VMM: Debian's kernel", "binary(end_to_end) and test(/^pod::/)", BatchGuest::Debian),
     Batch::qemu("QEMU with KVM: pods", "binary(end_to_end) and test(/^pod::/)", BatchGuest::Own),
