@@ -50,6 +50,16 @@ pub(crate) struct Checked {
     pub(crate) settings: Vec<Setting>,
     pub(crate) files: Vec<NamedFile>,
     pub(crate) problems: Vec<Problem>,
+    pub(crate) refused: Vec<Refused>,
+}
+
+/// A value that the launcher's key does not take, and another launcher's may.
+#[derive(Debug)]
+pub(crate) struct Refused {
+    /// The problem's place among the problems.
+    pub(crate) problem: usize,
+    pub(crate) key: String,
+    pub(crate) value: Value,
 }
 
 /// Checks `document` for `hypervisor`. `options` are its launcher's, none when they could not be had; tables of other
@@ -63,8 +73,8 @@ pub(crate) fn check(document: &Table, hypervisor: Option<&str>, options: Option<
     }
     check.section("agent", document.get("agent"), AGENT);
     check.section("runtime", document.get("runtime"), RUNTIME);
-    let Check { draft, settings, files, problems } = check;
-    Checked { config: draft.finish(), settings, files, problems }
+    let Check { draft, settings, files, problems, refused } = check;
+    Checked { config: draft.finish(), settings, files, problems, refused }
 }
 
 /// What is wrong with the table of a `hypervisor` that is not chosen, by itself.
@@ -81,6 +91,7 @@ struct Check {
     settings: Vec<Setting>,
     files: Vec<NamedFile>,
     problems: Vec<Problem>,
+    refused: Vec<Refused>,
 }
 
 impl Check {
@@ -119,7 +130,10 @@ impl Check {
             if let Some(option) = own.iter().find(|option| option.key == *key) {
                 match option.examine(&value) {
                     Ok(()) => drop(written.insert(key.clone(), value)),
-                    Err(text) => self.wrong(entry, &name, text),
+                    Err(text) => {
+                        self.refused.push(Refused { problem: self.problems.len(), key: key.clone(), value });
+                        self.wrong(entry, &name, text);
+                    }
                 }
             } else if globs.contains(key) {
                 match read_globs(&value) {

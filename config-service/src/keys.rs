@@ -2,7 +2,7 @@
 //!
 //! One line of these tables is all there is to a key. Names are Kata Containers' wherever the meaning is the same.
 
-use std::{fmt, num::NonZero, thread};
+use std::{collections::HashMap, fmt, num::NonZero, sync::LazyLock, thread};
 
 use caisson_protocol::{
     config::{BlockRootfs, SandboxConfig, SharedFs, Timeouts},
@@ -101,10 +101,16 @@ impl Key {
 
     /// The default as a value; a test reads them all.
     pub(crate) fn default(&self) -> Value {
-        let document = toml::from_str::<toml::Table>(&format!("value = {}", self.default));
-        document.ok().and_then(|mut document| document.remove("value")).unwrap_or_else(|| "".into())
+        DEFAULTS.get(self.default).cloned().unwrap_or_else(|| "".into())
     }
 }
+
+/// Every default by its text: reading TOML takes longer than all else that is done about a key.
+static DEFAULTS: LazyLock<HashMap<&str, Value>> = LazyLock::new(|| {
+    let texts = HYPERVISOR.iter().chain(AGENT).chain(RUNTIME).map(|key| key.default);
+    let read = |text| toml::from_str::<toml::Table>(&format!("value = {text}")).ok()?.remove("value");
+    texts.filter_map(|text| Some((text, read(text)?))).collect()
+});
 
 /// The key that lists where the paths may lie that annotations give the path-valued `key`.
 pub(crate) fn valid_paths(key: &str) -> String {
@@ -179,6 +185,27 @@ pub const HYPERVISOR: &[Key] = &[
         default: "0",
         takes: Takes::Integer(0, MAX_MEMORY_MIB, MIB, |draft, mib| vm(draft).max_memory_mib = u64_of(mib)),
         meaning: "To how much memory a sandbox may grow; 0 is as much as it starts with.",
+    },
+    Key {
+        name: "enable_hugepages",
+        default: "false",
+        takes: Takes::Bool(|draft, enabled| vm(draft).huge_pages = enabled),
+        meaning: "Whether the guest's memory is made of the host's huge pages, which have to be reserved \
+                  (vm.nr_hugepages) and are taken when the sandbox starts.",
+    },
+    Key {
+        name: "confidential_guest",
+        default: "false",
+        takes: Takes::Bool(|draft, enabled| vm(draft).confidential_guest = enabled),
+        meaning: "Whether the host is kept from reading the guest's memory, by Intel TDX or AMD SEV-SNP; refused where \
+                  the processor or the hypervisor's launcher has neither.",
+    },
+    Key {
+        name: "cold_plug_vfio",
+        default: "\"no-port\"",
+        takes: Takes::Choice(&["no-port", "root-port", "switch-port"], |_, _| ()),
+        meaning: "On which port the guest finds devices of the host that it has from the start; no-port gives it none. \
+                  The others are refused where the hypervisor's launcher passes no device through.",
     },
     Key {
         name: "shared_fs",

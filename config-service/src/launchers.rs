@@ -52,6 +52,9 @@ pub struct LauncherOption {
     /// Of an integer.
     #[serde(default)]
     maximum: Option<i64>,
+    /// By a value of this key: which values other keys of the launcher have to have with it.
+    #[serde(default)]
+    needs: BTreeMap<String, BTreeMap<String, Value>>,
     /// One sentence for people.
     #[serde(default)]
     pub doc: String,
@@ -100,6 +103,12 @@ impl LauncherOption {
         }
     }
 
+    /// Which keys have to have which values when this one has `value`.
+    pub(crate) fn needs(&self, value: &Value) -> impl Iterator<Item = (&str, &Value)> {
+        let needs = value.as_str().and_then(|value| self.needs.get(value));
+        needs.into_iter().flatten().map(|(key, value)| (key.as_str(), value))
+    }
+
     /// Whether it names a file of the host.
     pub(crate) fn is_path(&self) -> bool {
         matches!(self.kind.as_str(), "file" | "program")
@@ -133,22 +142,54 @@ pub(crate) struct Capabilities {
     accelerator_reason: String,
     #[serde(default)]
     operations: Vec<String>,
+    #[serde(default)]
+    features: Vec<String>,
+    #[serde(default)]
+    confidential: Vec<String>,
     /// Why something cannot be done.
     #[serde(default)]
     missing: BTreeMap<String, String>,
 }
 
 impl Capabilities {
-    /// Whether the device or operation `name` works.
-    pub(crate) fn has(&self, name: &str) -> bool {
-        self.devices.iter().chain(&self.operations).any(|known| known == name)
+    /// Whether it can do this.
+    pub(crate) fn has(&self, ability: Ability) -> bool {
+        let told = || self.devices.iter().chain(&self.operations).chain(&self.features);
+        match ability {
+            Ability::Named(name) => told().any(|known| known == name),
+            Ability::Confidential => !self.confidential.is_empty(),
+        }
     }
 
-    /// Why it does not; none when the launcher does not tell.
-    pub(crate) fn reason(&self, name: &str) -> Option<&str> {
-        self.missing.get(name).map(String::as_str)
+    /// Why it cannot; none when the launcher does not tell.
+    pub(crate) fn reason(&self, ability: Ability) -> Option<String> {
+        match ability {
+            Ability::Named(name) => self.missing.get(name).cloned(),
+            Ability::Confidential => {
+                let of = |kind: &&str| self.missing.get(*kind).map(|why| format!("{kind}: {why}"));
+                let reasons: Vec<_> = CONFIDENTIAL.iter().filter_map(of).collect();
+                (!reasons.is_empty()).then(|| reasons.join("; "))
+            }
+        }
+    }
+
+    /// The kinds of confidential guests that it starts.
+    pub(crate) fn confidential(&self) -> &[String] {
+        &self.confidential
     }
 }
+
+/// Something that one hypervisor can do and another cannot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ability {
+    /// A kind of device, an operation or a feature, as `vmm.proto` names it.
+    Named(&'static str),
+    /// Any kind of confidential guest.
+    Confidential,
+}
+
+/// The kinds of confidential guests, as `vmm.proto` names them.
+const CONFIDENTIAL: [&str; 2] = ["tdx", "sev-snp"];
 
 /// Why a launcher told nothing.
 #[derive(Debug)]

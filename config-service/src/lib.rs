@@ -31,6 +31,7 @@ mod atomic;
 mod changes;
 mod document;
 mod files;
+mod host;
 mod key_doc;
 mod last_good;
 mod load;

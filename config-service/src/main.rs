@@ -1,7 +1,7 @@
 //! The config-service's program: `serve` for shims, `check` and `resolve` for people, `generate` for packagers.
 
 use std::{
-    fs, io,
+    env, fs, io,
     os::{fd::AsFd, unix::net::UnixListener},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -21,7 +21,7 @@ use caisson_config_service::{
 use caisson_protocol::{listen, paths};
 use clap::{Parser, Subcommand};
 use tracing::info;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{Layer, filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
 use ttrpc::asynchronous::transport::Listener;
 
 /// Turns configuration files into the checked configuration of a sandbox.
@@ -80,8 +80,7 @@ async fn main() -> ExitCode {
 }
 
 async fn serve(idle_timeout: Duration) -> anyhow::Result<()> {
-    let filter = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    log_to_stderr();
     // Leave the session of whoever started this. Fails for a leader, who has his own already.
     let _ = nix::unistd::setsid();
     let idle_timeout = (!idle_timeout.is_zero()).then_some(idle_timeout);
@@ -92,6 +91,14 @@ async fn serve(idle_timeout: Duration) -> anyhow::Result<()> {
     info!(socket = %socket.display(), "serving");
     service::serve(listener, configurations, idle_timeout).await?;
     Ok(())
+}
+
+/// `$RUST_LOG` says what is told, as `info,caisson_config_service=debug`.
+fn log_to_stderr() {
+    let wanted = env::var("RUST_LOG").ok().and_then(|wanted| wanted.parse().ok());
+    let targets = wanted.unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO));
+    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(false);
+    tracing_subscriber::registry().with(lines.with_filter(targets)).init();
 }
 
 /// Where the socket lies that whoever started this made.

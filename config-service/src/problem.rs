@@ -81,6 +81,13 @@ impl Problem {
         Self { place: None, key: String::new(), text: text.into(), passing: false }
     }
 
+    /// Names the hypervisors that there would be instead.
+    pub(crate) fn add_choices(&mut self, hypervisors: &[&str]) {
+        if !hypervisors.is_empty() {
+            self.text.push_str(&format!(", or use a hypervisor that can: {}", hypervisors.join(", ")));
+        }
+    }
+
     /// The same, said of something that may have passed at the next look, although no file has changed by then.
     pub(crate) fn passing(self) -> Self {
         Self { passing: true, ..self }

@@ -10,15 +10,16 @@ use caisson_protocol::config::SandboxConfig;
 
 use crate::{
     annotations::{self, Wish},
-    check::{self, Setting},
+    check::{self, Checked, Refused, Setting},
     document::Table,
     files::{self, Wanted},
     hypervisor::{self, Hypervisor},
     installation::{Found, Installation},
-    launchers::{self, Capabilities, Launchers, Silence},
+    launchers::{self, Ability, Capabilities, Launchers, Silence},
     load::{self, Layer},
     problem::{Problem, Problems},
-    rules, sizing,
+    rules::{self, Beyond},
+    sizing,
     watch::Watch,
 };
 
@@ -78,8 +79,8 @@ impl Resolver {
         requested: Option<&Path>,
         annotations: &HashMap<String, String>,
     ) -> Result<Resolved, Problems> {
-        let resolved = self.resolve(requested).await?;
-        self.annotate(&resolved, annotations).await
+        let resolved = Arc::new(self.resolve(requested).await?);
+        self.annotate(resolved, annotations).await.map(Arc::unwrap_or_clone)
     }
 
     pub(crate) async fn resolve_found(&mut self, found: &Found) -> Result<Resolved, Problems> {
@@ -102,19 +103,21 @@ impl Resolver {
     /// What `resolved` comes to for a container with these `annotations`.
     pub(crate) async fn annotate(
         &mut self,
-        resolved: &Resolved,
+        mut resolved: Arc<Resolved>,
         annotations: &HashMap<String, String>,
-    ) -> Result<Resolved, Problems> {
+    ) -> Result<Arc<Resolved>, Problems> {
         let problems = |found| Problems::of(None, found);
         let wishes = annotations::wishes(annotations).map_err(problems)?;
-        let mut resolved = match &wishes[..] {
-            [] => resolved.clone(),
-            wishes => {
-                let document = self.lay_over(resolved, wishes).await?;
-                self.judge(&resolved.file, document, &mut Watch::new()).await.map_err(Problems::of_pod)?
-            }
-        };
-        sizing::size(resolved.config.vm.mut_or_insert_default(), annotations).map_err(problems)?;
+        if !wishes.is_empty() {
+            let document = self.lay_over(&resolved, &wishes).await?;
+            let judged = self.judge(&resolved.file, document, &mut Watch::new()).await;
+            resolved = Arc::new(judged.map_err(Problems::of_pod)?);
+        }
+        let mut vm = resolved.config.vm.clone().unwrap_or_default();
+        sizing::size(&mut vm, annotations).map_err(problems)?;
+        if resolved.config.vm.as_ref() != Some(&vm) {
+            Arc::make_mut(&mut resolved).config.vm = Some(vm).into();
+        }
         Ok(resolved)
     }
 
@@ -143,6 +146,7 @@ impl Resolver {
         };
         let name = chosen.as_ref().map(|chosen| chosen.name.as_str());
         let mut checked = check::check(&document, name, options.as_deref());
+        self.name_others_that_take(&mut checked, watch).await;
         checked.problems.append(&mut problems);
         let capabilities = match &chosen {
             Some(chosen) if options.is_some() => {
@@ -152,7 +156,14 @@ impl Resolver {
             }
             _ => None,
         };
-        rules::examine(&mut checked, options.as_deref(), capabilities.as_deref(), watch);
+        rules::examine(&mut checked, options.as_deref(), watch);
+        let beyond = capabilities.map(|capabilities| rules::beyond(&checked, &capabilities)).unwrap_or_default();
+        for Beyond { mut problem, ability } in beyond {
+            if let Some(ability) = ability {
+                problem.add_choices(&self.able(ability, name.unwrap_or_default(), watch).await);
+            }
+            checked.problems.push(problem);
+        }
         checked.problems.extend(self.check_unused(&document, name.unwrap_or_default(), watch).await);
 
         if !checked.problems.is_empty() {
@@ -175,6 +186,34 @@ impl Resolver {
         }
         let told = self.launchers.capabilities(&self.installation, &chosen.name, path, watch).await;
         told.map(Some).map_err(|silence| self.silent(chosen, silence))
+    }
+
+    async fn name_others_that_take(&mut self, checked: &mut Checked, watch: &mut Watch) {
+        for Refused { problem, key, value } in std::mem::take(&mut checked.refused) {
+            let mut takers = Vec::new();
+            for known in hypervisor::KNOWN {
+                let told = self.launchers.options(&self.installation, known.name, watch).await;
+                let options = told.unwrap_or_default();
+                if options.iter().any(|option| option.key == key && option.examine(&value).is_ok()) {
+                    takers.push(known.name);
+                }
+            }
+            if let Some(problem) = checked.problems.get_mut(problem) {
+                problem.add_choices(&takers);
+            }
+        }
+    }
+
+    /// The other hypervisors that are installed here and can do it.
+    async fn able(&mut self, ability: Ability, chosen: &str, watch: &mut Watch) -> Vec<&'static str> {
+        let mut able = Vec::new();
+        for other in hypervisor::KNOWN.iter().filter(|known| known.name != chosen) {
+            let told = self.launchers.capabilities(&self.installation, other.name, "", watch).await;
+            if told.is_ok_and(|told| told.has(ability)) {
+                able.push(other.name);
+            }
+        }
+        able
     }
 
     /// The tables of hypervisors that may be chosen later. Their files may come later, too.

@@ -3,21 +3,15 @@
 use crate::{
     annotations::allows,
     check::{Checked, Setting},
-    files,
+    files, host,
     keys::{AGENT, ENABLE_ANNOTATIONS, HYPERVISOR, Key, RUNTIME, Takes, valid_paths},
-    launchers::{Capabilities, LauncherOption},
+    launchers::{Ability, Capabilities, LauncherOption},
     problem::{Place, Problem, quote, suggest},
     watch::Watch,
 };
 
-/// Adds the problems that single keys do not show. `options` and `capabilities` are the launcher's, none when they
-/// could not be had.
-pub(crate) fn examine(
-    checked: &mut Checked,
-    options: Option<&[LauncherOption]>,
-    capabilities: Option<&Capabilities>,
-    watch: &mut Watch,
-) {
+/// Adds the problems that single keys do not show. `options` are the launcher's, none when they could not be had.
+pub(crate) fn examine(checked: &mut Checked, options: Option<&[LauncherOption]>, watch: &mut Watch) {
     let mut found: Vec<_> = [
         one_root_file_system(checked),
         maximum_is_no_minimum(checked, "default_vcpus", "default_maxvcpus"),
@@ -30,7 +24,7 @@ pub(crate) fn examine(
     .flatten()
     .collect();
     found.extend(nothing_is_in_vain(checked));
-    found.extend(capabilities.map(|capabilities| hypervisor_can(checked, capabilities)).unwrap_or_default());
+    found.extend(options.map(|options| values_go_together(checked, options)).unwrap_or_default());
     found.extend(options.map(|options| annotations_have_keys(checked, options)).unwrap_or_default());
     found.extend(missing_files(checked, watch));
     checked.problems.extend(found);
@@ -103,40 +97,95 @@ fn nothing_is_in_vain(checked: &Checked) -> Vec<Problem> {
     problems
 }
 
-fn hypervisor_can(checked: &Checked, capabilities: &Capabilities) -> Vec<Problem> {
+/// What is asked of the hypervisor that it cannot do.
+pub(crate) struct Beyond {
+    pub(crate) problem: Problem,
+    /// What the hypervisor lacks; none when it is this machine that lacks something.
+    pub(crate) ability: Option<Ability>,
+}
+
+/// Everything that is asked of the hypervisor and is beyond what it, or this machine under it, can do.
+pub(crate) fn beyond(checked: &Checked, capabilities: &Capabilities) -> Vec<Beyond> {
+    use Ability::{Confidential, Named};
     let number = |name| setting(checked, name).and_then(|setting| setting.value.as_integer()).unwrap_or_default();
     let config = &checked.config;
     let vm = config.vm.clone().unwrap_or_default();
+    let plugs = setting(checked, "cold_plug_vfio").is_some_and(|setting| setting.value.as_str() != Some("no-port"));
+    let grows = number("default_maxvcpus") > i64::from(vm.vcpus);
+    let gains = number("default_maxmemory") > number("default_memory");
     let asked = [
-        (config.shared_fs.is_some(), "shared_fs", "fs", "virtio-fs", "set it to \"none\""),
-        (!vm.image.is_empty(), "image", "block", "disks", "use initrd instead"),
-        (config.block_rootfs.is_some(), "rootfs", "block", "disks", "set it to \"virtio-fs\""),
-        (
-            number("default_maxvcpus") > i64::from(vm.vcpus),
-            "default_maxvcpus",
-            "resize-vcpus",
-            "vCPU hotplug",
-            "set it to 0",
-        ),
-        (
-            number("default_maxmemory") > number("default_memory"),
-            "default_maxmemory",
-            "resize-memory",
-            "memory hotplug",
-            "set it to 0",
-        ),
+        (config.shared_fs.is_some(), "shared_fs", Named("fs"), "virtio-fs", "set it to \"none\""),
+        (!vm.image.is_empty(), "image", Named("block"), "disks", "use initrd instead"),
+        (config.block_rootfs.is_some(), "rootfs", Named("block"), "disks", "set it to \"virtio-fs\""),
+        (grows, "default_maxvcpus", Named("resize-vcpus"), "vCPU hotplug", "set it to 0"),
+        (gains, "default_maxmemory", Named("resize-memory"), "memory hotplug", "set it to 0"),
+        (vm.huge_pages, "enable_hugepages", Named("huge-pages"), "huge pages", "set it to false"),
+        (plugs, "cold_plug_vfio", Named("cold-plug-vfio"), "devices of the host", "set it to \"no-port\""),
+        (vm.confidential_guest, "confidential_guest", Confidential, "confidential guests", "set it to false"),
     ];
-    asked
+    let program = [&config.hypervisor, capabilities.version.as_str()].join(" ");
+    let mut found: Vec<_> = asked
         .into_iter()
-        .filter(|(asked, _, ability, ..)| *asked && !capabilities.has(ability))
+        .filter(|(asked, _, ability, ..)| *asked && !capabilities.has(*ability))
         .filter_map(|(_, key, ability, words, remedy)| {
             let setting = setting(checked, key)?;
             let reason = capabilities.reason(ability).map(|reason| format!(" ({reason})")).unwrap_or_default();
-            let program = [&config.hypervisor, capabilities.version.as_str()].join(" ");
             let text = format!("found {}, but {} has no {words}{reason}; {remedy}", setting.value, program.trim());
-            Some(Problem::of_key(setting.origin.as_ref(), &setting.key, text))
+            let problem = Problem::of_key(setting.origin.as_ref(), &setting.key, text);
+            Some(Beyond { problem, ability: Some(ability) })
         })
-        .collect()
+        .collect();
+    let mut of_this_machine = Vec::new();
+    if vm.confidential_guest && capabilities.has(Confidential) {
+        of_this_machine.extend(processor_keeps_secrets(checked, capabilities, host::starts_confidential));
+    }
+    if vm.huge_pages && capabilities.has(Named("huge-pages")) {
+        of_this_machine.extend(huge_pages_are_reserved(checked, host::huge_pages_mib()));
+    }
+    found.extend(of_this_machine.into_iter().map(|problem| Beyond { problem: problem.passing(), ability: None }));
+    found
+}
+
+/// This machine has switched on one of the kinds of confidential guests that the hypervisor starts.
+fn processor_keeps_secrets(
+    checked: &Checked,
+    capabilities: &Capabilities,
+    is_on: impl Fn(&str) -> bool,
+) -> Option<Problem> {
+    let kinds = capabilities.confidential();
+    if kinds.iter().any(|kind| is_on(kind)) {
+        return None;
+    }
+    let setting = setting(checked, "confidential_guest")?;
+    let text = format!("found true, but this machine has not switched on {}; set it to false", kinds.join(" or "));
+    Some(Problem::of_key(setting.origin.as_ref(), &setting.key, text))
+}
+
+/// As many as the sandbox has at least; more are missing when the launcher finds them missing.
+fn huge_pages_are_reserved(checked: &Checked, reserved: u64) -> Option<Problem> {
+    let setting = setting(checked, "enable_hugepages")?;
+    let wanted = checked.config.vm.as_ref()?.memory_mib.next_multiple_of(2);
+    let text = format!(
+        "found true, but this machine has reserved {reserved} MiB of huge pages of 2 MiB, and default_memory takes \
+         {wanted} MiB; reserve more: sysctl vm.nr_hugepages={}",
+        wanted / 2
+    );
+    (reserved < wanted).then(|| Problem::of_key(setting.origin.as_ref(), &setting.key, text))
+}
+
+/// Values that the launcher allows only beside another key's.
+fn values_go_together(checked: &Checked, options: &[LauncherOption]) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for option in options {
+        let Some(written) = setting(checked, &option.key) else { continue };
+        for (key, needed) in option.needs(&written.value) {
+            let Some(other) = setting(checked, key).filter(|other| other.value != *needed) else { continue };
+            let (found, place) = (&other.value, origin(other));
+            let text = format!("found {}, which needs {key} = {needed}, but that is {found} at {place}", written.value);
+            problems.push(Problem::of_key(written.origin.as_ref(), &written.key, text));
+        }
+    }
+    problems
 }
 
 /// Each element of `enable_annotations` allows something.
@@ -194,4 +243,38 @@ fn is_empty(setting: &Setting) -> bool {
 
 fn origin(setting: &Setting) -> String {
     setting.origin.as_ref().map_or_else(|| "its default".to_owned(), ToString::to_string)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{check, document};
+
+    fn checked(text: &str) -> Checked {
+        let document = document::parse(text, 0, std::path::Path::new("/c.toml")).unwrap();
+        check::check(&document, Some("qemu"), Some(&[]))
+    }
+
+    #[test]
+    fn fewer_huge_pages_than_the_guest_takes_are_told_with_how_to_reserve_them() {
+        let checked = checked("[hypervisor.qemu]\nenable_hugepages = true\ndefault_memory = 257");
+        assert_eq!(huge_pages_are_reserved(&checked, 258), None);
+        assert_eq!(
+            huge_pages_are_reserved(&checked, 200).unwrap().to_string(),
+            "/c.toml:2:1: hypervisor.qemu.enable_hugepages: found true, but this machine has reserved 200 MiB of huge \
+             pages of 2 MiB, and default_memory takes 258 MiB; reserve more: sysctl vm.nr_hugepages=129"
+        );
+    }
+
+    #[test]
+    fn a_confidential_guest_needs_a_processor_that_has_switched_it_on() {
+        let checked = checked("[hypervisor.qemu]\nconfidential_guest = true");
+        let capabilities: Capabilities = serde_json::from_str(r#"{"confidential": ["tdx", "sev-snp"]}"#).unwrap();
+        assert_eq!(processor_keeps_secrets(&checked, &capabilities, |kind| kind == "sev-snp"), None);
+        assert_eq!(
+            processor_keeps_secrets(&checked, &capabilities, |_| false).unwrap().to_string(),
+            "/c.toml:2:1: hypervisor.qemu.confidential_guest: found true, but this machine has not switched on tdx or \
+             sev-snp; set it to false"
+        );
+    }
 }

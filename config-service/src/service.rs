@@ -68,8 +68,8 @@ impl Config for ConfigService {
     async fn resolve(&self, _: &TtrpcContext, request: ResolveRequest) -> ttrpc::Result<ResolveResponse> {
         let (in_force, mut configurations) = self.in_force(&request.config_path).await;
         let resolved = in_force.resolved.map_err(refused)?;
-        let resolved = configurations.resolver.annotate(&resolved, &request.annotations).await.map_err(refused)?;
-        let config = SandboxConfig { warnings: in_force.problems, ..resolved.config };
+        let resolved = configurations.resolver.annotate(resolved, &request.annotations).await.map_err(refused)?;
+        let config = SandboxConfig { warnings: in_force.problems, ..resolved.config.clone() };
         Ok(ResolveResponse { config: MessageField::some(config), ..Default::default() })
     }
 
@@ -77,7 +77,7 @@ impl Config for ConfigService {
         let (in_force, mut configurations) = self.in_force(&request.config_path).await;
         let mut problems = in_force.problems;
         if let Ok(resolved) = in_force.resolved
-            && let Err(more) = configurations.resolver.annotate(&resolved, &request.annotations).await
+            && let Err(more) = configurations.resolver.annotate(resolved, &request.annotations).await
         {
             problems.extend(more.sentences());
         }
@@ -87,9 +87,9 @@ impl Config for ConfigService {
     async fn show(&self, _: &TtrpcContext, request: ShowRequest) -> ttrpc::Result<ShowResponse> {
         let (in_force, mut configurations) = self.in_force(&request.config_path).await;
         let resolved = in_force.resolved.map_err(refused)?;
-        let resolved = configurations.resolver.annotate(&resolved, &request.annotations).await.map_err(refused)?;
+        let resolved = configurations.resolver.annotate(resolved, &request.annotations).await.map_err(refused)?;
         let settings = resolved.settings.iter().map(to_wire).collect();
-        Ok(ShowResponse { settings, path: resolved.config.origin, ..Default::default() })
+        Ok(ShowResponse { settings, path: resolved.config.origin.clone(), ..Default::default() })
     }
 
     async fn list(&self, _: &TtrpcContext, _: ListRequest) -> ttrpc::Result<ListResponse> {

@@ -147,7 +147,7 @@ mistake!(every_mistake_is_told_at_once:
     "default_vcpus = 0x10000\nimage = \"DIR/nothing\"\nbogus = 1\n[agent]\nx = 1\n[runtime]\nboot_timeout_ms = 0" =>
     "DIR/etc/configuration.toml:4:1: hypervisor.qemu.default_vcpus: found 65536 (an integer), expected a number from -1 to 1024",
     "DIR/etc/configuration.toml:5:1: hypervisor.qemu.image: DIR/nothing does not exist",
-    "DIR/etc/configuration.toml:6:1: hypervisor.qemu.bogus: unknown key; accepted: path, kernel, initrd, image, kernel_params, default_vcpus, default_maxvcpus, default_memory, default_maxmemory, shared_fs, virtio_fs_daemon, virtio_fs_cache, virtio_fs_extra_args, rootfs, rootfs_writable, rootfs_disk_size, rootfs_max_disks, layer_cache_path, layer_cache_size, enable_annotations, valid_hypervisor_paths, valid_kernel_paths, valid_initrd_paths, valid_image_paths, valid_virtio_fs_daemon_paths, machine_type, queue_size, enable_iothreads, hotplug_slots, extra_args, firmware_tool, valid_firmware_tool_paths",
+    "DIR/etc/configuration.toml:6:1: hypervisor.qemu.bogus: unknown key; accepted: path, kernel, initrd, image, kernel_params, default_vcpus, default_maxvcpus, default_memory, default_maxmemory, enable_hugepages, confidential_guest, cold_plug_vfio, shared_fs, virtio_fs_daemon, virtio_fs_cache, virtio_fs_extra_args, rootfs, rootfs_writable, rootfs_disk_size, rootfs_max_disks, layer_cache_path, layer_cache_size, enable_annotations, valid_hypervisor_paths, valid_kernel_paths, valid_initrd_paths, valid_image_paths, valid_virtio_fs_daemon_paths, machine_type, block_device_driver, queue_size, enable_iothreads, hotplug_slots, extra_args, firmware_tool, valid_firmware_tool_paths",
     "DIR/etc/configuration.toml:8:1: agent.x: unknown key; accepted: debug_console_enabled",
     "DIR/etc/configuration.toml:10:1: runtime.boot_timeout_ms: found 0 (an integer), expected a whole number of ms from 1 to 3600000");
 
@@ -279,6 +279,54 @@ beyond!(disks_are_not_for_every_hypervisor:
     r#"{"devices": ["fs"]}"#, "image = \"DIR/initrd\"\nrootfs = \"block\"" =>
     "DIR/etc/configuration.toml:4:1: hypervisor.qemu.image: found \"DIR/initrd\", but qemu has no disks; use initrd instead",
     "DIR/etc/configuration.toml:5:1: hypervisor.qemu.rootfs: found \"block\", but qemu has no disks; set it to \"virtio-fs\"");
+
+beyond!(huge_pages_are_not_for_every_hypervisor:
+    r#"{"version": "1.7", "devices": ["fs"], "missing": {"huge-pages": "it asks for none"}}"#, "enable_hugepages = true" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.enable_hugepages: found true, but qemu 1.7 has no huge pages (it asks for none); set it to false");
+
+beyond!(confidential_guests_are_not_for_every_hypervisor:
+    r#"{"version": "1.7", "devices": ["fs"], "missing": {"tdx": "not yet", "sev-snp": "not ever"}}"#, "confidential_guest = true" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.confidential_guest: found true, but qemu 1.7 has no confidential guests (tdx: not yet; sev-snp: not ever); set it to false");
+
+beyond!(devices_of_the_host_are_not_for_every_hypervisor:
+    r#"{"version": "1.7", "devices": ["fs"], "missing": {"cold-plug-vfio": "no port"}}"#, "cold_plug_vfio = \"root-port\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.cold_plug_vfio: found \"root-port\", but qemu 1.7 has no devices of the host (no port); set it to \"no-port\"");
+
+mistake!(a_port_that_does_not_exist_gets_the_nearest_one:
+    "cold_plug_vfio = \"rootport\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.cold_plug_vfio: found \"rootport\" (a string), expected one of \"no-port\", \"root-port\", \"switch-port\"; did you mean \"root-port\"?");
+
+mistake!(a_word_for_huge_pages_is_refused:
+    "enable_hugepages = \"yes\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.enable_hugepages: found \"yes\" (a string), expected true or false");
+
+mistake!(a_driver_for_another_machine_is_refused:
+    "block_device_driver = \"virtio-blk-pci\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.block_device_driver: found \"virtio-blk-pci\", which needs machine_type = \"q35\", but that is \"microvm\" at its default");
+
+mistake!(a_driver_that_there_is_not_is_refused:
+    "block_device_driver = \"virtio-scsi\"" =>
+    "DIR/etc/configuration.toml:4:1: hypervisor.qemu.block_device_driver: found \"virtio-scsi\" (a string), expected one of \"virtio-blk\", \"virtio-blk-pci\"");
+
+#[tokio::test]
+async fn what_another_hypervisor_can_is_told() {
+    let host = Host::new();
+    let mmio =
+        r#"[{"key": "block_device_driver", "type": "string", "default": "virtio-blk", "accepted": ["virtio-mmio"]}]"#;
+    let able = r#"{"version": "1", "devices": ["fs"], "features": ["huge-pages"]}"#;
+    host.able_launcher("firecracker", mmio, able);
+    host.able_launcher("builtin", "[]", able);
+    host.configure("enable_hugepages = true\nblock_device_driver = \"virtio-mmio\"");
+    assert_eq!(
+        host.resolve().await.unwrap_err(),
+        [
+            "DIR/etc/configuration.toml:4:1: hypervisor.qemu.enable_hugepages: found true, but qemu 9.1 has no huge \
+             pages; set it to false, or use a hypervisor that can: firecracker, builtin",
+            "DIR/etc/configuration.toml:5:1: hypervisor.qemu.block_device_driver: found \"virtio-mmio\" (a string), \
+             expected one of \"virtio-blk\", \"virtio-blk-pci\", or use a hypervisor that can: firecracker",
+        ]
+    );
+}
 
 beyond!(a_host_without_kvm_is_not_for_every_hypervisor:
     r#"{"devices": ["fs"], "accelerator": "", "accelerator_reason": "there is no /dev/kvm"}"#, "" =>

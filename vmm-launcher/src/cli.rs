@@ -6,7 +6,11 @@ use caisson_protocol::vmm::CapabilitiesResponse;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::{hypervisor::Hypervisor, options::with_defaults, run, serve};
+use crate::{
+    hypervisor::{Hypervisor, capabilities},
+    options::with_defaults,
+    run, serve,
+};
 
 #[derive(Parser)]
 #[command(version, about = "Runs one virtual machine for caisson")]
@@ -113,7 +117,7 @@ fn execute<H: Hypervisor>(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Capabilities { hypervisor, json } => {
             let path = hypervisor.unwrap_or_else(|| H::DEFAULT_PATH.into());
-            let told = runtime.block_on(H::capabilities(&path))?;
+            let told = runtime.block_on(capabilities::<H>(&path))?;
             match json {
                 true => println!("{:#}", capabilities_json(&told)),
                 false => print!("{}", capabilities_text(&told)),
@@ -127,14 +131,16 @@ fn execute<H: Hypervisor>(command: Command) -> anyhow::Result<ExitCode> {
 }
 
 fn capabilities_text(told: &CapabilitiesResponse) -> String {
+    let accelerator = if told.accelerator.is_empty() { "none" } else { &told.accelerator };
+    let words = |words: &[String]| if words.is_empty() { "none".to_owned() } else { words.join(" ") };
     format!(
-        "version:     {}\naccelerator: {} ({})\ndevices:     {}\nhotplug:     {}\noperations:  {}\n",
+        "version:     {}\naccelerator: {accelerator} ({})\ndevices:     {}\nhotplug:     {}\noperations:  {}\nfeatures:    {}\n",
         told.version,
-        told.accelerator,
         told.accelerator_reason,
-        told.devices.join(" "),
-        told.hotplug.join(" "),
-        told.operations.join(" ")
+        words(&told.devices),
+        words(&told.hotplug),
+        words(&told.operations),
+        words(&told.features)
     )
 }
 
@@ -148,6 +154,7 @@ fn capabilities_json(told: &CapabilitiesResponse) -> serde_json::Value {
         "hotplug": told.hotplug,
         "operations": told.operations,
         "confidential": told.confidential,
+        "features": told.features,
         "missing": told.missing,
     })
 }

@@ -22,6 +22,9 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     /// The executable that is used when a request names none.
     const DEFAULT_PATH: &'static str;
 
+    /// Whether guests' memory can be of huge pages, or why it cannot; `create` then finds `VmConfig.huge_pages`.
+    const HUGE_PAGES: std::result::Result<(), &'static str> = Err("the launcher asks for none");
+
     /// The backend's own option keys, for `options`: see [`crate::options::describe`].
     fn options() -> serde_json::Value;
 
@@ -102,6 +105,21 @@ pub struct Created<H> {
     pub hypervisor: H,
     /// Where the guest finds its devices, in the request's order.
     pub devices: Vec<GuestDevice>,
+}
+
+/// What `H` can do on this host with the hypervisor at `path`: what it says itself, and what it says by its constants.
+///
+/// # Errors
+/// When the hypervisor cannot be asked.
+pub(crate) async fn capabilities<H: Hypervisor>(path: &Path) -> Result<CapabilitiesResponse> {
+    let mut told = H::capabilities(path).await?;
+    match H::HUGE_PAGES {
+        Ok(()) => told.features.push("huge-pages".into()),
+        Err(why) => drop(told.missing.insert("huge-pages".into(), why.into())),
+    }
+    let none = || "the launcher gives guests none of the host's devices from the start".into();
+    told.missing.entry("cold-plug-vfio".into()).or_insert_with(none);
+    Ok(told)
 }
 
 async fn unsupported<T>(what: &str, hypervisor: &str) -> Result<T> {

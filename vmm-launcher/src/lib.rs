@@ -15,9 +15,11 @@ pub mod vm;
 pub mod options;
 pub mod request;
 
+pub mod block_driver;
 pub mod console;
 pub mod guest_vsock;
 pub mod http_api;
+pub mod huge_pages;
 pub mod jail;
 pub mod kernel;
 pub mod kvm;

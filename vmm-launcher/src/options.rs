@@ -18,6 +18,19 @@ pub struct OptionDoc {
     pub doc: &'static str,
 }
 
+/// A value that goes only with another key's value.
+#[derive(Clone, Copy, Debug)]
+pub struct Need {
+    /// The key that has this [`Self::value`].
+    pub key: &'static str,
+    /// A word that it accepts.
+    pub value: &'static str,
+    /// The other key.
+    pub needs: &'static str,
+    /// What the other key has to have, as TOML.
+    pub needed: &'static str,
+}
+
 /// Reads the table `text`.
 ///
 /// # Errors
@@ -43,6 +56,38 @@ pub fn describe<T: Serialize + Default>(docs: &[OptionDoc]) -> Value {
         told
     };
     docs.iter().map(describe).collect()
+}
+
+/// `described`, and what goes only with what.
+pub fn with_needs(mut described: Value, needs: &[Need]) -> Value {
+    for need in needs {
+        let options = described.as_array_mut().into_iter().flatten();
+        for option in options.filter(|option| option["key"] == need.key) {
+            let needed = serde_json::from_str(need.needed).unwrap_or_else(|_| need.needed.into());
+            option["needs"][need.value][need.needs] = needed;
+        }
+    }
+    described
+}
+
+/// What of `docs` is not what `T` reads: keys that differ, accepted values that are refused, defaults that are none.
+/// Empty, as a backend's test expects.
+pub fn discrepancies<T: Serialize + DeserializeOwned + Default>(docs: &[OptionDoc]) -> Vec<String> {
+    let defaults = serde_json::to_value(T::default()).unwrap_or_default();
+    let mut found = Vec::new();
+    for key in defaults.as_object().into_iter().flat_map(|defaults| defaults.keys()) {
+        if !docs.iter().any(|doc| doc.key == key) {
+            found.push(format!("{key} is read and not documented"));
+        }
+    }
+    let try_out = |text: String| parse::<T>(&text).err().map(|error| format!("{text}: {error}"));
+    for doc in docs {
+        let quote = if doc.kind == "integer" { "" } else { "\"" };
+        let accepted = doc.accepted.iter().map(|value| format!("{} = {quote}{value}{quote}", doc.key));
+        found.extend(accepted.filter_map(try_out));
+        found.extend(try_out(format!("{} = {}", doc.key, defaults[doc.key])));
+    }
+    found
 }
 
 /// `described`, and other defaults for keys that every hypervisor has.
@@ -102,6 +147,22 @@ mod tests {
         let doc = OptionDoc { key: "slots", kind: "integer", accepted: &["0", "255"], doc: "Its slots." };
         let told = &describe::<Options>(&[doc])[0];
         assert_eq!((&told["minimum"], &told["maximum"], &told["accepted"]), (&json!(0), &json!(255), &Value::Null));
+    }
+
+    #[test]
+    fn what_goes_only_with_what_is_told() {
+        let doc = OptionDoc { key: "color", kind: "string", accepted: &["red", "green"], doc: "Its color." };
+        let need = Need { key: "color", value: "green", needs: "paint", needed: "true" };
+        let told = with_needs(describe::<Options>(&[doc]), &[need]);
+        assert_eq!(told[0]["needs"], json!({ "green": { "paint": true } }));
+    }
+
+    #[test]
+    fn documentation_that_differs_from_what_is_read_is_told() {
+        let doc = OptionDoc { key: "colour", kind: "string", accepted: &["red"], doc: "Its color." };
+        let found = discrepancies::<Options>(&[doc]);
+        assert_eq!(found[0], "color is read and not documented");
+        assert!(found[1].starts_with("colour = \"red\": ") && found[2].starts_with("colour = null: "), "{found:?}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use caisson_protocol::vmm::{CreateRequest, Device, Net, VmConfig, device::Kind};
 
 use nix::net::if_::if_nametoindex;
 
-use crate::{Error, Result, virtiofsd::CACHE_MODES};
+use crate::{Error, Result, huge_pages, hypervisor::Hypervisor, virtiofsd::CACHE_MODES};
 
 /// `Vsock.socket` leaves room for `_<port>` in a socket address, `unix(7)`.
 const MAX_VSOCK_PATH: usize = 96;
@@ -44,6 +44,18 @@ pub fn kind_name(kind: &Kind) -> &'static str {
 /// When it has none.
 pub fn kind(device: &Device) -> Result<&Kind> {
     device.kind.as_ref().ok_or_else(|| Error::Invalid(format!("device \"{}\" has no kind", device.id)))
+}
+
+/// Refuses what `H` does not give a VM, and makes `vm` what it can be had as.
+///
+/// # Errors
+/// [`Error::Unsupported`], or what the host lacks.
+pub(crate) fn prepare<H: Hypervisor>(vm: Option<&mut VmConfig>) -> Result<()> {
+    let Some(vm) = vm else { return Ok(()) };
+    if vm.confidential_guest {
+        return Err(Error::Unsupported(format!("confidential guests are not supported with {}", H::NAME)));
+    }
+    huge_pages::prepare::<H>(vm)
 }
 
 /// Checks what does not depend on the hypervisor. `max_vcpus` is the hypervisor's limit.

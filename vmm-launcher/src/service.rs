@@ -6,7 +6,13 @@ use async_trait::async_trait;
 use caisson_protocol::{status::Status, vmm::*, vmm_ttrpc};
 use ttrpc::asynchronous::TtrpcContext;
 
-use crate::{Result, console::Audience, hypervisor::Hypervisor, request, vm::Vm};
+use crate::{
+    Result,
+    console::Audience,
+    hypervisor::{Hypervisor, capabilities},
+    request,
+    vm::Vm,
+};
 
 /// Serves one VM.
 pub(crate) struct Service<H> {
@@ -104,7 +110,7 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
         request: CapabilitiesRequest,
     ) -> ttrpc::Result<CapabilitiesResponse> {
         let path = if request.hypervisor_path.is_empty() { H::DEFAULT_PATH } else { &request.hypervisor_path };
-        answer(H::capabilities(Path::new(path)).await)
+        answer(capabilities::<H>(Path::new(path)).await)
     }
 
     async fn metrics(&self, _: &TtrpcContext, _: MetricsRequest) -> ttrpc::Result<MetricsResponse> {

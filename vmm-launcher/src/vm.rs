@@ -26,6 +26,7 @@ use crate::{
     Error, Result,
     console::Audience,
     hypervisor::{Created, Hypervisor},
+    request,
 };
 
 /// One VM, from nothing to its end.
@@ -152,15 +153,23 @@ impl<H: Hypervisor> Vm<H> {
     }
 
     /// Empty → Creating → Created. The work goes on when the caller loses interest; `stop` ends it.
-    pub async fn create(self: &Arc<Self>, request: CreateRequest, audience: Audience) -> Result<Newborn> {
+    pub async fn create(self: &Arc<Self>, mut request: CreateRequest, audience: Audience) -> Result<Newborn> {
         self.lock().create()?;
-        self.make(async move { H::create(&request, audience).await }, State::Created).await
+        let create = async move {
+            request::prepare::<H>(request.vm.as_mut())?;
+            H::create(&request, audience).await
+        };
+        self.make(create, State::Created).await
     }
 
     /// Empty → Creating → Paused, as the snapshot was. As [`Self::create`] otherwise.
-    pub async fn restore(self: &Arc<Self>, request: RestoreRequest, audience: Audience) -> Result<Newborn> {
+    pub async fn restore(self: &Arc<Self>, mut request: RestoreRequest, audience: Audience) -> Result<Newborn> {
         self.lock().create()?;
-        self.make(async move { H::restore(&request, audience).await }, State::Paused).await
+        let restore = async move {
+            request::prepare::<H>(request.vm.as_mut())?;
+            H::restore(&request, audience).await
+        };
+        self.make(restore, State::Paused).await
     }
 
     async fn make(

@@ -20,6 +20,8 @@ use tempfile::TempDir;
 /// What the fake launcher tells.
 const OPTIONS: &str = r#"[
     {"key": "machine_type", "type": "string", "default": "microvm", "accepted": ["microvm", "q35"], "doc": "board"},
+    {"key": "block_device_driver", "type": "string", "default": "virtio-blk",
+     "accepted": ["virtio-blk", "virtio-blk-pci"], "needs": {"virtio-blk-pci": {"machine_type": "q35"}}, "doc": "bus"},
     {"key": "queue_size", "type": "integer", "default": 128, "accepted": "a power of two", "doc": "ring length"},
     {"key": "enable_iothreads", "type": "bool", "default": false, "accepted": null, "doc": "own threads for I/O"},
     {"key": "hotplug_slots", "type": "integer", "default": 4, "minimum": 0, "maximum": 255, "doc": "empty slots"},

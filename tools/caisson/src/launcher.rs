@@ -24,6 +24,8 @@ pub(crate) struct Capabilities {
     pub(crate) hotplug: Vec<String>,
     pub(crate) operations: Vec<String>,
     #[serde(default)]
+    pub(crate) features: Vec<String>,
+    #[serde(default)]
     pub(crate) confidential: Vec<String>,
     /// Why something cannot be done.
     #[serde(default)]

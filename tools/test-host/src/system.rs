@@ -19,6 +19,9 @@ use nix::{
 
 /// One absolute path a line, in the order to load them; image-builder writes it.
 const MODULE_ORDER: &str = "/lib/modules/order";
+/// How many huge pages may be made when they are asked for.
+const HUGE_PAGES: &str = "/proc/sys/vm/nr_overcommit_hugepages";
+const MOST_HUGE_PAGES: &str = "1024";
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// Where the parts of the root are mounted in the initrd.
 const SYSTEM: &str = "/system";
@@ -85,6 +88,7 @@ pub fn prepare() -> Result<()> {
         let control = format!("{CGROUPS}/cgroup.subtree_control");
         fs::write(&control, format!("+{controller}")).with_context(|| format!("enable {controller} in {control}"))?;
     }
+    fs::write(HUGE_PAGES, MOST_HUGE_PAGES).with_context(|| format!("write {HUGE_PAGES}"))?;
     sethostname("test-host").context("set the host's name")?;
     let loopback = Command::new("/usr/sbin/ip").args(["link", "set", "lo", "up"]).status();
     ensure!(loopback.context("execute ip")?.success(), "the loopback device cannot be set up");

@@ -102,7 +102,7 @@ impl Batch {
 const BATCHES: [Batch; 15] = [
     Batch::suite("every launcher: devices", "binary(launcher) and test(/^devices::/)"),
     Batch::suite("every launcher: disks and integrity", "binary(launcher) and test(/^(disks|integrity)::/)"),
-    Batch::suite("every launcher: life", "binary(launcher) and test(/^(life|sizes|snapshot)::/)"),
+    Batch::suite("every launcher: life", "binary(launcher) and test(/^(life|memory|sizes|snapshot)::/)"),
     // What is typed at other serial ports than our own does not always reach a guest in the emulated machine.
     Batch::suite(
         "every launcher: refusals and terminals",

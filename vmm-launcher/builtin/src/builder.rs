@@ -13,7 +13,7 @@ use crate::{
     ending::Ending,
     event_loop::EventLoop,
     machine::{Attached, Machine},
-    memory::{self, GuestMemory},
+    memory::{self, GuestMemory, Pages},
     options::Options,
     power::{self, KeyboardReset, Power},
     seccomp::Filter,
@@ -52,7 +52,7 @@ pub struct Parts<'a> {
 /// When anything of it cannot be had; nothing of it is left then.
 pub fn build_vm(config: &VmConfig, parts: Parts<'_>) -> Result<(Machine, Vec<String>)> {
     let kvm = open_kvm()?;
-    let mut memory = memory::allocate(config.memory_mib)?;
+    let mut memory = memory::allocate_as(config.memory_mib, Pages::of(config))?;
     let ram = memory.clone();
     // Their processes start while the kernel is loaded.
     let devices = Devices::new(parts.options, parts.run_dir, parts.file_servers);

@@ -10,6 +10,7 @@ use std::{
 use caisson_protocol::vmm::{CapabilitiesResponse, CreateRequest, ExitReason, GuestDevice, WaitResponse};
 use caisson_vmm_launcher::{
     Error, Result,
+    block_driver::Bus,
     console::{self, Audience, Console},
     hypervisor::{Created, Hypervisor},
     kvm,
@@ -65,6 +66,8 @@ impl Hypervisor for Builtin {
     const NAME: &'static str = "builtin";
     const DEFAULT_PATH: &'static str = THIS_PROGRAM;
 
+    const HUGE_PAGES: Result<(), &'static str> = Ok(());
+
     fn options() -> serde_json::Value {
         describe::<Options>(DOCS)
     }
@@ -91,6 +94,7 @@ impl Hypervisor for Builtin {
         let config = request::check(request, arch::MAX_VCPUS)?;
         check_program(Path::new(&config.hypervisor_path))?;
         let options: Options = parse(&request.options)?;
+        options.block_device_driver.check(Bus::Mmio)?;
         if !arch::processor_runs_guests() {
             // KVM may still be there, and emulate: only trying tells.
             kvm::require("the built-in VMM").await?;

@@ -2,6 +2,7 @@
 
 use std::{fs::File, io, sync::Arc};
 
+use caisson_protocol::vmm::VmConfig;
 use caisson_vmm_launcher::{Error, Result};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -16,11 +17,35 @@ use crate::arch::layout::{HIGH_RAM, LOW_RAM_END};
 /// descriptor ([`vm_memory::GuestMemoryRegion::file_offset`]), so that it can be shared with another process.
 pub type GuestMemory = GuestMemoryMmap<()>;
 
-/// Makes `mib` MiB of memory, below and above the hole for devices. Nothing of it is used up before the guest touches it.
+/// What memory is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pages {
+    /// Of the host's ordinary pages, each taken when the guest first touches it.
+    Ordinary,
+    /// Of the host's huge pages of 2 MiB, all kept for this guest from the start.
+    Huge,
+}
+
+impl Pages {
+    /// What `vm` asks for.
+    pub fn of(vm: &VmConfig) -> Self {
+        if vm.huge_pages { Self::Huge } else { Self::Ordinary }
+    }
+}
+
+/// [`allocate_as`] of ordinary pages.
+///
+/// # Errors
+/// As there.
+pub fn allocate(mib: u64) -> Result<GuestMemory> {
+    allocate_as(mib, Pages::Ordinary)
+}
+
+/// Makes `mib` MiB of memory of these pages, below and above the hole for devices.
 ///
 /// # Errors
 /// When the host does not have that much, or refuses it.
-pub fn allocate(mib: u64) -> Result<GuestMemory> {
+pub fn allocate_as(mib: u64, pages: Pages) -> Result<GuestMemory> {
     let host_mib = nix::sys::sysinfo::sysinfo()
         .map_err(|error| Error::host("ask for the host's memory")(error.into()))?
         .ram_total()
@@ -28,7 +53,7 @@ pub fn allocate(mib: u64) -> Result<GuestMemory> {
     if mib > host_mib {
         return Err(Error::Invalid(format!("{mib} MiB of memory cannot be had: this machine has {host_mib} MiB")));
     }
-    map(mib << 20).map_err(Error::host(format!("make {mib} MiB of guest memory")))
+    map(mib << 20, pages).map_err(Error::host(format!("make {mib} MiB of guest memory")))
 }
 
 /// Tells KVM what is where.
@@ -62,13 +87,19 @@ pub fn low_end(memory: &GuestMemory) -> u64 {
     memory.iter().next().map_or(0, GuestMemoryRegion::len)
 }
 
-fn map(bytes: u64) -> io::Result<GuestMemory> {
-    let file = File::from(memfd_create("guest-memory", MFdFlags::MFD_CLOEXEC)?);
+fn map(bytes: u64, pages: Pages) -> io::Result<GuestMemory> {
+    let (of_file, of_mapping) = match pages {
+        Pages::Ordinary => (MFdFlags::empty(), libc::MAP_NORESERVE),
+        // Without a reserve, a guest would be ended by SIGBUS when others have taken its pages.
+        Pages::Huge => (MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB, 0),
+    };
+    let file = File::from(memfd_create("guest-memory", MFdFlags::MFD_CLOEXEC | of_file)?);
     file.set_len(bytes)?;
     let file = Arc::new(file);
     let region = |start: u64, offset: u64, size: u64| {
-        let mapping = MmapRegion::from_file(FileOffset::from_arc(file.clone(), offset), size as usize)
-            .map_err(io::Error::other)?;
+        let backing = FileOffset::from_arc(file.clone(), offset);
+        let (access, sharing) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | of_mapping);
+        let mapping = MmapRegion::build(Some(backing), size as usize, access, sharing).map_err(io::Error::other)?;
         GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(io::Error::from(io::ErrorKind::InvalidInput))
     };
     let low = bytes.min(LOW_RAM_END);
@@ -94,7 +125,7 @@ mod tests {
 
     #[test]
     fn large_memory_goes_on_above_4_gib() {
-        let memory = map(5 << 30).unwrap();
+        let memory = map(5 << 30, Pages::Ordinary).unwrap();
         assert_eq!(regions(&memory), [(0, 3 << 30), (4 << 30, 2 << 30)]);
         assert_eq!(memory.iter().map(|region| region.file_offset().unwrap().start()).collect::<Vec<_>>(), [0, 3 << 30]);
         assert_eq!(end(&memory), 6 << 30);

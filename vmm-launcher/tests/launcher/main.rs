@@ -13,6 +13,7 @@ mod devices;
 mod disks;
 mod integrity;
 mod life;
+mod memory;
 mod refusals;
 mod sizes;
 mod snapshot;

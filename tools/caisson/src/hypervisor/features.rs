@@ -21,7 +21,7 @@ pub(crate) struct Feature {
 }
 
 /// All of them, in the order of the columns.
-pub(crate) const ALL: [Feature; 9] = [
+pub(crate) const ALL: [Feature; 10] = [
     Feature {
         name: "file_sharing",
         heading: "FILES",
@@ -69,6 +69,14 @@ pub(crate) const ALL: [Feature; 9] = [
         key: "snapshot",
         needs_kvm: false,
         has: |told| has(&told.operations, "snapshot"),
+    },
+    Feature {
+        name: "huge_pages",
+        heading: "HUGEPAGES",
+        words: "huge pages",
+        key: "huge-pages",
+        needs_kvm: false,
+        has: |told| has(&told.features, "huge-pages"),
     },
     Feature {
         name: "vfio",
@@ -144,7 +152,7 @@ mod tests {
             accelerator_reason: "there is no /dev/kvm".into(),
             ..Capabilities::default()
         };
-        assert_eq!(ALL[7].of(&told), Answer::No("needs KVM; there is no /dev/kvm".to_owned()));
+        assert_eq!(ALL[8].of(&told), Answer::No("needs KVM; there is no /dev/kvm".to_owned()));
         assert_eq!(ALL[5].of(&told), Answer::No("caisson does not offer it with this hypervisor".to_owned()));
     }
 
@@ -152,6 +160,6 @@ mod tests {
     fn hotplug_is_not_the_same_as_having_the_device() {
         let told = Capabilities { devices: vec!["net".into()], hotplug: vec!["block".into()], ..Default::default() };
         let answers: Vec<_> = ALL.iter().map(|feature| feature.of(&told) == Answer::Yes).collect();
-        assert_eq!(answers, [false, true, false, false, false, false, false, false, false]);
+        assert_eq!(answers, [false, true, false, false, false, false, false, false, false, false]);
     }
 }

@@ -46,8 +46,16 @@ struct Facts {
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 enum Found {
-    Works { version: String, accelerator: String, features: BTreeMap<&'static str, Answer> },
-    DoesNot { problem: String },
+    Works {
+        version: String,
+        /// Empty where it cannot run.
+        accelerator: String,
+        accelerator_reason: String,
+        features: BTreeMap<&'static str, Answer>,
+    },
+    DoesNot {
+        problem: String,
+    },
 }
 
 pub(super) async fn run(installation: Installation, format: Format) -> anyhow::Result<()> {
@@ -101,7 +109,8 @@ async fn line(name: String, in_force: bool, dirs: &[PathBuf], program: Option<&s
 
 fn works(told: Capabilities) -> Found {
     let features = features::ALL.iter().map(|feature| (feature.name, feature.of(&told))).collect();
-    Found::Works { version: told.version, accelerator: told.accelerator, features }
+    let (accelerator, accelerator_reason) = (told.accelerator, told.accelerator_reason);
+    Found::Works { version: told.version, accelerator, accelerator_reason, features }
 }
 
 fn text(lines: &[Line]) -> String {
@@ -128,12 +137,13 @@ fn cells(line: &Line) -> Vec<String> {
         None => ("-", "-", "-".to_owned()),
     };
     let (version, accelerator, answers): (_, _, Vec<_>) = match &line.found {
-        Found::Works { version, accelerator, features } => {
+        Found::Works { version, accelerator, features, .. } => {
             let words = features::ALL.iter().map(|feature| match features.get(feature.name) {
                 Some(Answer::Yes) => "yes",
                 Some(Answer::No(_)) | None => "no",
             });
-            (first_number(version), accelerator.as_str(), words.collect())
+            let accelerator = if accelerator.is_empty() { "-" } else { accelerator };
+            (first_number(version), accelerator, words.collect())
         }
         Found::DoesNot { .. } => ("-", "-", vec!["-"; features::ALL.len()]),
     };
@@ -145,7 +155,7 @@ fn cells(line: &Line) -> Vec<String> {
 fn why_not(line: &Line) -> Vec<String> {
     match &line.found {
         Found::DoesNot { problem } => vec![format!("{}: {problem}", line.name)],
-        Found::Works { features, .. } => {
+        Found::Works { accelerator, accelerator_reason, features, .. } => {
             let mut by_reason: Vec<(&str, Vec<&str>)> = Vec::new();
             for feature in &features::ALL {
                 let Some(Answer::No(reason)) = features.get(feature.name) else { continue };
@@ -156,7 +166,9 @@ fn why_not(line: &Line) -> Vec<String> {
             }
             let sentence =
                 |(reason, words): (&str, Vec<&str>)| format!("{}: no {}: {reason}", line.name, words.join(", "));
-            by_reason.into_iter().map(sentence).collect()
+            let does_not_run =
+                accelerator.is_empty().then(|| format!("{}: cannot run here: {accelerator_reason}", line.name));
+            does_not_run.into_iter().chain(by_reason.into_iter().map(sentence)).collect()
         }
     }
 }
@@ -201,6 +213,14 @@ mod tests {
         assert!(told.contains(&"qemu: no TDX, SEV-SNP: needs KVM".to_owned()), "{told:?}");
         assert!(told.contains(&"qemu: no snapshot: not written yet".to_owned()), "{told:?}");
         assert!(!told.iter().any(|sentence| sentence.contains("file sharing")), "{told:?}");
+    }
+
+    #[test]
+    fn a_hypervisor_that_cannot_run_here_has_a_dash_and_a_reason() {
+        let told = Capabilities { accelerator: String::new(), accelerator_reason: "it needs KVM".into(), ..told() };
+        let line = Line { found: works(told), ..qemu() };
+        assert_eq!(cells(&line)[4], "-");
+        assert_eq!(why_not(&line)[0], "qemu: cannot run here: it needs KVM");
     }
 
     #[tokio::test]

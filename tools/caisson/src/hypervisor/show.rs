@@ -60,10 +60,11 @@ fn text(shown: &Shown) -> String {
     }
     facts.push(("launcher", shown.launcher.display().to_string()));
     facts.push(("version", told.version.clone()));
-    facts.push(("runs by", format!("{} ({})", told.accelerator, told.accelerator_reason)));
-    facts.push(("devices", told.devices.join(" ")));
-    facts.push(("hotplug", told.hotplug.join(" ")));
-    facts.push(("operations", told.operations.join(" ")));
+    let by = if told.accelerator.is_empty() { "nothing" } else { &told.accelerator };
+    facts.push(("runs by", format!("{by} ({})", told.accelerator_reason)));
+    for (name, words) in [("devices", &told.devices), ("hotplug", &told.hotplug), ("operations", &told.operations)] {
+        facts.push((name, if words.is_empty() { "none".to_owned() } else { words.join(" ") }));
+    }
     for feature in &features::ALL {
         let answer = match feature.of(told) {
             Answer::Yes => "yes".to_owned(),

@@ -14,6 +14,7 @@ use caisson_protocol::vmm::{
 };
 use caisson_vmm_launcher::{
     Error, Result,
+    block_driver::Bus,
     console::{Audience, Console},
     guest_vsock::GuestVsock,
     hypervisor::{Created, Hypervisor},
@@ -76,6 +77,8 @@ impl Hypervisor for Acrn {
     const NAME: &'static str = "acrn";
     const DEFAULT_PATH: &'static str = "/usr/bin/acrn-dm";
 
+    const HUGE_PAGES: Result<(), &'static str> = Err("acrn-dm always takes them, and is not asked");
+
     fn options() -> serde_json::Value {
         with_defaults(describe::<Options>(DOCS), &[("shared_fs", "none".into())])
     }
@@ -102,6 +105,7 @@ impl Hypervisor for Acrn {
     async fn create(request: &CreateRequest, audience: Audience) -> Result<Created<Self>> {
         let vm = request::check(request, MAX_VCPUS)?;
         let options: Options = parse(&request.options)?;
+        options.block_device_driver.check(Bus::Pci)?;
         let log = vm.devices.iter().find_map(|device| match &device.kind {
             Some(Kind::Console(console)) => Some(Path::new(console.log.as_str())),
             _ => None,

@@ -17,6 +17,7 @@ use caisson_protocol::vmm::{
 };
 use caisson_vmm_launcher::{
     Error, Result,
+    block_driver::Bus,
     console::{self, Audience, Console},
     hypervisor::{Created, Hypervisor},
     jail::{self, Jail},
@@ -73,6 +74,8 @@ impl Hypervisor for CloudHypervisor {
     const NAME: &'static str = "cloud-hypervisor";
     const DEFAULT_PATH: &'static str = "/usr/bin/cloud-hypervisor";
 
+    const HUGE_PAGES: Result<(), &'static str> = Ok(());
+
     fn options() -> Value {
         describe::<Options>(DOCS)
     }
@@ -100,6 +103,7 @@ impl Hypervisor for CloudHypervisor {
     async fn create(request: &CreateRequest, audience: Audience) -> Result<Created<Self>> {
         let vm = request::check(request, MAX_VCPUS)?;
         let options: Options = parse(&request.options)?;
+        options.block_device_driver.check(Bus::Pci)?;
         kernel::format(Path::new(&vm.kernel))?;
         let run_dir = Path::new(&request.run_dir);
         let landlock = uses_landlock(options.landlock)?;

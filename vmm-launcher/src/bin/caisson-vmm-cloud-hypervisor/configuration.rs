@@ -6,7 +6,7 @@ use caisson_protocol::{
     address::HYBRID_CID,
     vmm::{Device, GuestDevice, VmConfig, device::Kind},
 };
-use caisson_vmm_launcher::{Error, Result, jail::Jail, request};
+use caisson_vmm_launcher::{Error, Result, huge_pages::SIZE_MIB, jail::Jail, request};
 use serde_json::{Value, json};
 
 use crate::{
@@ -45,6 +45,10 @@ impl Configuration {
             "serial": { "mode": "Socket", "socket": layout::in_run(SERIAL) },
             "landlock_enable": landlock,
         });
+        if vm.huge_pages {
+            body["memory"]["hugepages"] = true.into();
+            body["memory"]["hugepage_size"] = (SIZE_MIB << 20).into();
+        }
         if vm.max_memory_mib > vm.memory_mib {
             body["memory"]["hotplug_method"] = "VirtioMem".into();
             body["memory"]["hotplug_size"] = ((vm.max_memory_mib - vm.memory_mib) << 20).into();
@@ -244,6 +248,13 @@ mod tests {
         assert_eq!(body["memory"]["hotplug_method"], "VirtioMem");
         assert_eq!(body["memory"]["hotplug_size"], 256 << 20);
         assert!(body["payload"]["cmdline"].as_str().unwrap().ends_with(ONLINE));
+    }
+
+    #[test]
+    fn memory_can_be_of_huge_pages() {
+        let body = of(&VmConfig { huge_pages: true, ..with(Vec::new()) }).unwrap().body;
+        assert_eq!((&body["memory"]["hugepages"], &body["memory"]["hugepage_size"]), (&json!(true), &json!(2 << 20)));
+        assert_eq!(of(&with(Vec::new())).unwrap().body["memory"]["hugepages"], Value::Null);
     }
 
     #[test]

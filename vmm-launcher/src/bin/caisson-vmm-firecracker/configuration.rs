@@ -43,7 +43,11 @@ impl Configuration {
     /// When Firecracker has no such device.
     pub fn of(vm: &VmConfig, options: &Options, run_dir: &Path) -> Result<Self> {
         let mut configuration = Self::default();
-        let machine = json!({ "vcpu_count": vm.vcpus, "mem_size_mib": vm.memory_mib });
+        let mut machine = json!({ "vcpu_count": vm.vcpus, "mem_size_mib": vm.memory_mib });
+        // Unknown before 1.7.
+        if vm.huge_pages {
+            machine["huge_pages"] = "2M".into();
+        }
         configuration.call("/machine-config", machine);
         if let Some(more) = memory_to_add(vm) {
             configuration.call("/hotplug/memory", json!({ "total_size_mib": more, "slot_size_mib": MEMORY_SLOT_MIB }));
@@ -205,6 +209,12 @@ mod tests {
 
     fn of(vm: &VmConfig) -> Result<Configuration> {
         Configuration::of(vm, &Options::default(), Path::new("/run/vm"))
+    }
+
+    #[test]
+    fn memory_can_be_of_huge_pages() {
+        let calls = of(&VmConfig { huge_pages: true, ..with(Vec::new()) }).unwrap().calls;
+        assert_eq!(calls[0].1, json!({ "vcpu_count": 1, "mem_size_mib": 256, "huge_pages": "2M" }));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use caisson_vmm_launcher::{
     jail::{self, Jail},
     kernel::{self, KernelFormat},
     kvm, metrics,
-    options::{describe, parse, with_defaults},
+    options::{describe, parse, with_defaults, with_needs},
     process::{Ended, Process, Streams},
     request,
     vm::exit,
@@ -37,7 +37,7 @@ use crate::{
     layout::{self, API, LOG, METRICS, RunDir, SNAPSHOT},
     log::Log,
     metrics::Counters,
-    options::{DOCS, Options},
+    options::{DOCS, NEEDS, Options},
     stdin::Input,
     version::{self, Version, WITH_BZIMAGE, WITH_PMEM},
 };
@@ -71,8 +71,10 @@ impl Hypervisor for Firecracker {
     const NAME: &'static str = "firecracker";
     const DEFAULT_PATH: &'static str = "/usr/bin/firecracker";
 
+    const HUGE_PAGES: Result<(), &'static str> = Ok(());
+
     fn options() -> Value {
-        with_defaults(describe::<Options>(DOCS), &[("shared_fs", "none".into())])
+        with_defaults(with_needs(describe::<Options>(DOCS), NEEDS), &[("shared_fs", "none".into())])
     }
 
     async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
@@ -90,6 +92,7 @@ impl Hypervisor for Firecracker {
     async fn create(request: &CreateRequest, audience: Audience) -> Result<Created<Self>> {
         let vm = request::check(request, MAX_VCPUS)?;
         let options: Options = parse(&request.options)?;
+        options.block_device_driver.check(options.bus())?;
         let run_dir = Path::new(&request.run_dir);
         let configuration = Configuration::of(vm, &options, run_dir)?;
         check_kernel(vm).await?;

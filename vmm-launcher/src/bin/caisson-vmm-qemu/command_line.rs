@@ -3,7 +3,7 @@
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use caisson_protocol::vmm::{Balloon, Block, Net, VmConfig};
-use caisson_vmm_launcher::guest_vsock::GuestVsock;
+use caisson_vmm_launcher::{guest_vsock::GuestVsock, huge_pages::SIZE_MIB};
 
 use crate::{
     accelerator::Accelerator,
@@ -50,10 +50,11 @@ impl CommandLine {
         line.push("-display", "none");
         line.push("-action", "panic=exit-failure");
         line.push("-sandbox", &options.seccomp_sandbox);
-        if shared_memory {
-            // A vhost-user backend is another process that reads and writes the guest's memory.
+        // A vhost-user backend is another process that reads and writes the guest's memory.
+        if shared_memory || vm.huge_pages {
+            let pages = if vm.huge_pages { format!(",hugetlb=on,hugetlbsize={SIZE_MIB}M") } else { String::new() };
             machine.push_str(",memory-backend=memory");
-            line.push("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on", vm.memory_mib));
+            line.push("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on{pages}", vm.memory_mib));
         }
         line.push("-machine", machine);
         if options.machine_type == MachineType::Microvm {
@@ -263,6 +264,14 @@ mod tests {
     fn shared_memory_is_the_machines_memory() {
         let line = line(MachineType::Microvm);
         assert_eq!(value(&line, "-object"), "memory-backend-memfd,id=memory,size=128M,share=on");
+        assert!(value(&line, "-machine").ends_with(",memory-backend=memory"));
+    }
+
+    #[test]
+    fn huge_pages_are_the_machines_memory_too() {
+        let vm = VmConfig { vcpus: 1, memory_mib: 128, huge_pages: true, ..Default::default() };
+        let line = CommandLine::new(&vm, &Options::default(), Accelerator::Tcg, false);
+        assert!(value(&line, "-object").ends_with(",size=128M,share=on,hugetlb=on,hugetlbsize=2M"));
         assert!(value(&line, "-machine").ends_with(",memory-backend=memory"));
     }
 

@@ -17,7 +17,7 @@ use caisson_vmm_launcher::{
     guest_vsock::GuestVsock,
     hypervisor::{Created, Hypervisor},
     kernel, metrics,
-    options::{describe, parse},
+    options::{describe, parse, with_needs},
     process::{Ended, Process},
     qmp::Qmp,
     request,
@@ -35,7 +35,7 @@ use crate::{
     command_line::CommandLine,
     hotplug::Slots,
     kernel_params::kernel_params,
-    options::{DOCS, MachineType, Options},
+    options::{DOCS, MachineType, NEEDS, Options},
     probe::Installed,
     saved::{self, Saved},
     sizes::Sizes,
@@ -103,8 +103,10 @@ impl Hypervisor for Qemu {
     const NAME: &'static str = "qemu";
     const DEFAULT_PATH: &'static str = "/usr/bin/qemu-system-x86_64";
 
+    const HUGE_PAGES: Result<(), &'static str> = Ok(());
+
     fn options() -> serde_json::Value {
-        describe::<Options>(DOCS)
+        with_needs(describe::<Options>(DOCS), NEEDS)
     }
 
     async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
@@ -257,6 +259,7 @@ async fn start_with(
     let (clock, started) = (Moment::now(), Instant::now());
     let vm = request::check(request, MAX_VCPUS)?;
     let options: Options = parse(&request.options)?;
+    options.block_device_driver.check(options.machine_type.bus())?;
     kernel::format(Path::new(&vm.kernel))?;
     let (accelerator, why) = accelerator::choose(options.accel).await?;
     info!(accelerator = accelerator.name(), why, machine_type = ?options.machine_type, "accelerator chosen");

@@ -12,6 +12,7 @@ use caisson_protocol::vmm::{
 };
 use caisson_vmm_launcher::{
     Error, Result,
+    block_driver::Bus,
     console::{Audience, Console},
     guest_vsock::GuestVsock,
     hypervisor::{Created, Hypervisor},
@@ -92,6 +93,7 @@ impl Hypervisor for StratoVirt {
     async fn create(request: &CreateRequest, audience: Audience) -> Result<Created<Self>> {
         let vm = request::check(request, MAX_VCPUS)?;
         let options: Options = parse(&request.options)?;
+        options.block_device_driver.check(Bus::Mmio)?;
         kvm::require("StratoVirt").await?;
         let mut plan = Plan::new(vm, &options, Path::new(&request.run_dir))?;
         let devices = vm

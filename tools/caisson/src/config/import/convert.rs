@@ -52,6 +52,14 @@ pub(super) fn kernel_params(value: &Value, _: &Keys) -> Converted {
     Ok(ours.join(" ").into())
 }
 
+/// caisson's disks are virtio-blk, on the bus that the hypervisor's machine has.
+pub(super) fn block_device_driver(value: &Value, _: &Keys) -> Converted {
+    match value.as_str() {
+        Some("virtio-blk" | "virtio-blk-pci" | "virtio-blk-mmio" | "virtio-mmio") => Ok("virtio-blk".into()),
+        _ => Err("caisson's disks are virtio-blk".to_owned()),
+    }
+}
+
 pub(super) fn shared_fs(value: &Value, _: &Keys) -> Converted {
     match value.as_str() {
         Some(kind @ ("virtio-fs" | "none")) => Ok(kind.into()),

@@ -30,7 +30,9 @@ fn templates() -> Vec<PathBuf> {
 fn known() -> KnownKeys {
     let names = |keys: &[Key]| keys.iter().map(|key| key.name.to_owned()).collect::<BTreeSet<_>>();
     let mut hypervisor = names(keys::HYPERVISOR);
-    hypervisor.extend(["machine_type", "cpu_features", "seccomp_sandbox", "jailer_path"].map(str::to_owned));
+    hypervisor.extend(
+        ["machine_type", "cpu_features", "seccomp_sandbox", "jailer_path", "block_device_driver"].map(str::to_owned),
+    );
     KnownKeys { hypervisor, agent: names(keys::AGENT), runtime: names(keys::RUNTIME) }
 }
 
