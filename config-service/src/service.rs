@@ -16,7 +16,10 @@ use caisson_protocol::{
     status::{Code, Status},
 };
 use protobuf::MessageField;
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::{
+    sync::{Mutex, MutexGuard},
+    task::yield_now,
+};
 use ttrpc::asynchronous::{Server, ServerStreamSender, TtrpcContext, transport::Listener};
 
 use crate::{
@@ -58,6 +61,8 @@ impl ConfigService {
     /// What is in force at `config_path`, and the lock to go on with.
     async fn in_force(&self, config_path: &str) -> (InForce, MutexGuard<'_, Configurations>) {
         let (arrived, requested) = (Instant::now(), requested(config_path));
+        // Others that came at the same time arrive too, before one of them looks for all.
+        yield_now().await;
         let mut configurations = self.configurations.lock().await;
         (configurations.in_force(requested.as_deref(), arrived).await, configurations)
     }
