@@ -20,16 +20,15 @@ async fn memory_is_of_huge_pages_or_refused(backend: Backend) {
     // Rounded up to whole pages.
     (vm.huge_pages, vm.memory_mib) = (true, 193);
     vm.devices = vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
-    let created = launcher.create(&request).await;
-    if free_huge_pages() < 97 && created.is_err() {
-        let refusal = created.unwrap_err().message;
-        assert!(
-            refusal.starts_with("194 MiB of memory take 97 huge pages of 2 MiB, and this machine has "),
-            "{refusal}"
-        );
-        return;
-    }
-    let pid = created.unwrap().pid;
+    let pid = match launcher.create(&request).await {
+        Ok(created) => created.pid,
+        Err(refusal) => {
+            assert!(free_huge_pages() < 97, "{refusal}");
+            let words = "194 MiB of memory take 97 huge pages of 2 MiB, and this machine has ";
+            assert!(refusal.message.starts_with(words), "{refusal}");
+            return;
+        }
+    };
     launcher.boot().await.unwrap();
     launcher.until_console_has(&log, "guest: tick").await;
     assert!(huge_kib(pid) > 16 << 10, "{} KiB of huge pages", huge_kib(pid));
