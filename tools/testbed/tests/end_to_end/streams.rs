@@ -85,7 +85,8 @@ fn a_terminal_echoes_and_ends_lines_as_terminals_do() -> Result<()> {
     let script = "test -t 0 && test -t 1 && echo terminal; read line; echo got $line";
     let ctr = containerd.prepare(&["--tty"], BUSYBOX, &containerd.fresh_id(), &["sh", "-c", script]);
     let mut session = ctr.start_on_terminal(24, 80)?;
-    session.wait_for("terminal", LIMIT)?;
+    // The whole line: what is typed before its end is echoed before its end.
+    session.wait_for("\n", LIMIT)?;
     session.write(b"words\r")?;
     let outcome = session.wait(LIMIT)?.success()?;
     // Each of the two terminals, the container's and the user's, makes a carriage return of its own.
