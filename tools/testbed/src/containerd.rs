@@ -23,9 +23,6 @@ pub const CAISSON: &str = "io.containerd.caisson.v2";
 /// proves the tests.
 pub const RUNC: &str = "io.containerd.runc.v2";
 
-/// Where CRI keeps what is Kubernetes'.
-const CRI_NAMESPACE: &str = "k8s.io";
-
 /// A running containerd.
 #[derive(Debug)]
 pub struct Containerd {
@@ -35,7 +32,6 @@ pub struct Containerd {
     daemon: Daemon,
     baseline: Baseline,
     runtime: String,
-    namespace: String,
     next_id: AtomicU32,
     /// Of the test that it was started for.
     recording: Mutex<Recording>,
@@ -63,43 +59,17 @@ impl Containerd {
     /// # Errors
     /// As for [`Self::start`].
     pub fn start_with(installation: &Installation, configuration: &Configuration) -> Result<Self> {
-        Self::start_in(Scope::prepared()?, installation, configuration, &[])
-    }
-
-    /// Starts one that serves Kubernetes' CRI on its socket, with a runtime handler for each of these configurations;
-    /// the first is also the one in force.
-    ///
-    /// # Errors
-    /// As for [`Self::start`].
-    pub fn start_for_pods(installation: &Installation, handlers: &[(&str, &Configuration)]) -> Result<Self> {
-        let scope = Scope::prepared()?;
-        for (handler, configuration) in handlers {
-            configuration.write(&scope.dir().join(format!("{handler}.toml")))?;
-        }
-        let names: Vec<_> = handlers.iter().map(|(handler, _)| *handler).collect();
-        let (_, first) = handlers.first().context("there is no handler")?;
-        let mut containerd = Self::start_in(scope, installation, first, &names)?;
-        // Only at its start does CRI look for images that it has not pulled itself.
-        containerd.restart()?;
-        Ok(containerd)
-    }
-
-    fn start_in(
-        scope: Scope,
-        installation: &Installation,
-        configuration: &Configuration,
-        handlers: &[&str],
-    ) -> Result<Self> {
+        Scope::sweep_abandoned()?;
         let recording = Recording::begin(configuration.hypervisor().name(), configuration.hypervisor().program());
+        let scope = Scope::create()?;
         configuration.write(&scope.dir().join("configuration.toml"))?;
         let programs = installation.programs.clone();
-        let daemon = Daemon::start(&scope, &programs, handlers).or_else(|error| scope.clear().and(Err(error)))?;
+        let daemon = Daemon::start(&scope, &programs).or_else(|error| scope.clear().and(Err(error)))?;
         let baseline = Baseline::take(scope.clone(), daemon.pid())?;
         let runtime = env::var("TESTBED_RUNTIME").unwrap_or_else(|_| CAISSON.to_owned());
         let hypervisor = configuration.hypervisor().clone();
-        let namespace = if handlers.is_empty() { scope.name() } else { CRI_NAMESPACE.to_owned() };
         let (next_id, recording) = (AtomicU32::new(1), Mutex::new(recording));
-        let containerd = Self { scope, hypervisor, programs, daemon, baseline, runtime, namespace, next_id, recording };
+        let containerd = Self { scope, hypervisor, programs, daemon, baseline, runtime, next_id, recording };
         containerd.import(&installation.archives.busybox)?;
         Ok(containerd)
     }
@@ -128,7 +98,7 @@ impl Containerd {
         // Its streams and mounts are seen by containerd only from the same mount namespace.
         let mut command = Command::new("nsenter");
         command.arg(format!("--target={}", self.daemon.pid())).args(["--mount", "--root"]);
-        command.arg("ctr").arg("--address").arg(self.socket());
+        command.arg("ctr").arg("--address").arg(self.scope.dir().join("c.sock"));
         command.arg("--namespace").arg(self.namespace()).args(arguments);
         Ctr::new(command)
     }
@@ -192,12 +162,7 @@ impl Containerd {
 
     /// The containerd namespace of everything in here.
     pub fn namespace(&self) -> String {
-        self.namespace.clone()
-    }
-
-    /// Where it serves gRPC, CRI too.
-    pub fn socket(&self) -> PathBuf {
-        self.scope.dir().join("c.sock")
+        self.scope.name()
     }
 
     /// What its sandboxes use, unless a container asks for another configuration.

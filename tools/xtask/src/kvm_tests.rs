@@ -117,7 +117,7 @@ const BATCHES: [Batch; 15] = [
     ),
     Batch::builtin(
         "built-in VMM: pods and sizes",
-        "binary(end_to_end) and test(/^(cri|guest|pod|sizes)::/)",
+        "binary(end_to_end) and test(/^(guest|pod|sizes)::/)",
         BatchGuest::Own,
     ),
     Batch::builtin("built-in VMM: a compressed kernel", SIGN_OF_LIFE, BatchGuest::OwnCompressed),

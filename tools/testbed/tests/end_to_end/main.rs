@@ -5,8 +5,6 @@ mod block_rootfs;
 mod command;
 mod concurrency;
 mod crashes;
-mod cri;
-mod cri_client;
 mod cycles;
 mod errors;
 mod exit;
