@@ -70,7 +70,8 @@ async fn memory_of_q35_comes_and_goes(backend: Backend) {
     assert_eq!(resize_memory(&launcher, 448).await, Ok(448));
     launcher.until_console_has(&log, &format!("guest: 1 processors, {} MiB", usable + 256)).await;
     assert_eq!(resize_memory(&launcher, 192).await, Ok(192));
-    launcher.until_console_has(&log, &format!("{} MiB\r\nguest: 1 processors, {usable} MiB", usable + 256)).await;
+    // After one of its larger sizes: it may be seen halfway.
+    launcher.until_console_has(&log, &format!(" MiB\r\nguest: 1 processors, {usable} MiB")).await;
 }
 
 async fn more_than_a_vm_was_made_for_is_refused(backend: Backend) {
