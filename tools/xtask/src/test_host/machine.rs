@@ -16,7 +16,7 @@ use super::{child::ChildGuard, image::Image, share::Share};
 const PROCESSOR: &str =
     "EPYC,+svm,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,-xsavec";
 const PLATFORM: &str = "q35,memory-backend=memory,smbus=off,sata=off,usb=off,vmport=off";
-/// A panic ends the machine. Without the watchdog: on a busy machine it would distrust the emulated time stamp counter, and KVM
+/// A panic ends the machine. Without the watchdog: on a busy machine it may distrust the emulated time stamp counter, and KVM
 /// then stops that of a guest, with its timers, whenever the guest waits.
 const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable";
 /// QEMU's cache of translated code in MiB: the default grows with the machine's memory, not with what is executed.
