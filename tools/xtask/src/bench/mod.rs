@@ -15,10 +15,10 @@ use std::{env, io::stdout, time::Duration};
 use anyhow::{Result, ensure};
 use caisson_testbed::Installation;
 
-use crate::test_host::{Image, Machine, Task, TestHost};
+use crate::test_host::{Clock, Image, Machine, Task, TestHost};
 
 /// The test host for measurements.
-const MACHINE: Machine = Machine { icount: true, cpus: 1, memory_mib: 4096 };
+const MACHINE: Machine = Machine { clock: Clock::Instructions, memory_mib: 4096 };
 const LIMIT: Duration = Duration::from_secs(3600);
 
 /// While the processor waits for a disk of this machine, the clock of the test host runs on to its next timer: what is written
@@ -40,7 +40,7 @@ pub enum Command {
 
 /// Where it is measured.
 #[derive(clap::Args)]
-pub struct Clock {
+pub struct Place {
     /// In a test host where one instruction takes one nanosecond, so that durations repeat: 1 ms is a million
     /// instructions, the emulated host's and guest's together
     #[arg(long)]
@@ -52,12 +52,12 @@ pub struct Clock {
 
 /// Measures and prints.
 pub fn run(installation: &Installation, command: &Command) -> Result<()> {
-    let clock = match command {
-        Command::Boot(options) => &options.clock,
-        Command::Run(options) => &options.clock,
+    let place = match command {
+        Command::Boot(options) => &options.place,
+        Command::Run(options) => &options.place,
     };
     match command {
-        _ if clock.icount => run_in_test_host(installation),
+        _ if place.icount => run_in_test_host(installation),
         Command::Boot(options) => boot::run(installation, options),
         Command::Run(options) => run::run(installation, options),
     }

@@ -94,7 +94,7 @@ impl Report {
         };
         let concerns =
             |name: &str| name.strip_prefix(LAUNCHER).is_none_or(|hypervisor| hypervisor == report.hypervisor);
-        let limit = |name: &str, limit: f64| if name == TOTAL && options.clock.prepared { INSTRUCTIONS } else { limit };
+        let limit = |name: &str, limit: f64| if name == TOTAL && options.place.prepared { INSTRUCTIONS } else { limit };
         let budgets = BUDGETS.iter().filter(|(name, ..)| concerns(name));
         report.budgets = budgets.map(|(name, most, unit)| report.judge(name, limit(name, *most), unit)).collect();
         report

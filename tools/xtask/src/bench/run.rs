@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use caisson_testbed::{Configuration, Containerd, Hypervisor, Installation};
 
-use super::{Clock, memory, pod, report::Report, work};
+use super::{Place, memory, pod, report::Report, work};
 
 /// How to measure.
 #[derive(clap::Args)]
@@ -21,7 +21,7 @@ pub struct Options {
     #[arg(long)]
     pub(super) machine_type: Option<String>,
     #[command(flatten)]
-    pub(super) clock: Clock,
+    pub(super) place: Place,
 }
 
 /// Measures and prints.

@@ -16,8 +16,8 @@ use super::{child::ChildGuard, image::Image, share::Share};
 const PROCESSOR: &str =
     "EPYC,+svm,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,-xsavec";
 const PLATFORM: &str = "q35,memory-backend=memory,smbus=off,sata=off,usb=off,vmport=off";
-/// A panic ends the machine. Without the watchdog: on a busy machine it may distrust the emulated time stamp counter, and KVM
-/// then stops that of a guest, with its timers, whenever the guest waits.
+/// A panic ends the machine. On a busy machine, the watchdog may distrust the emulated time stamp counter, and KVM then gives
+/// guests a poorer clock.
 const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable";
 /// QEMU's cache of translated code in MiB: the default grows with the machine's memory, not with what is executed.
 const TRANSLATIONS_MIB: u32 = 256;
@@ -27,15 +27,43 @@ const CONTROL_FD: i32 = 3;
 const CONSOLE_FD: i32 = 4;
 const SCRATCH_FD: i32 = 5;
 
-/// Its size, and its clock.
+/// Its clock and processors, and its size.
 #[derive(Clone, Copy, Debug)]
 pub struct Machine {
-    /// One instruction is one nanosecond, on one processor.
-    pub icount: bool,
-    /// Processors, without `icount`.
-    pub cpus: u32,
+    /// What time is in it.
+    pub clock: Clock,
     /// Memory in MiB. Taken from this machine only as it is used.
     pub memory_mib: u64,
+}
+
+/// What a machine's clock goes by.
+#[derive(Clone, Copy, Debug)]
+pub enum Clock {
+    /// This machine's clock, with so many processors.
+    Host {
+        /// How many.
+        cpus: u32,
+    },
+    /// One processor's instructions, a nanosecond each, while it has some to execute, and this machine's clock while it
+    /// waits. However little of this machine it gets, no timer and no deadline in it comes early or late.
+    Work,
+    /// One processor's instructions alone: when it has none to execute, it is at once the time of the next timer. Durations
+    /// repeat.
+    Instructions,
+}
+
+impl Clock {
+    fn arguments(self) -> Vec<String> {
+        let (threads, cpus, icount) = match self {
+            Self::Host { cpus } => ("multi", cpus, None),
+            Self::Work => ("single", 1, Some("on")),
+            Self::Instructions => ("single", 1, Some("off")),
+        };
+        let mut arguments = vec!["-accel".to_owned(), format!("tcg,thread={threads},tb-size={TRANSLATIONS_MIB}")];
+        arguments.extend(["-smp".to_owned(), cpus.to_string()]);
+        arguments.extend(icount.into_iter().flat_map(|idle| ["-icount".to_owned(), format!("shift=0,sleep={idle}")]));
+        arguments
+    }
 }
 
 /// This side's ends of what QEMU is connected to belong to others.
@@ -53,7 +81,7 @@ impl Machine {
     pub fn start(&self, image: &Image, share: &Share, connections: Connections) -> Result<ChildGuard> {
         let mut qemu = ChildGuard::command("qemu-system-x86_64");
         qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", PLATFORM]);
-        qemu.args(["-cpu", PROCESSOR]).args(self.clock());
+        qemu.args(["-cpu", PROCESSOR]).args(self.clock.arguments());
         qemu.arg("-m").arg(format!("{}M", self.memory_mib));
         qemu.arg("-object").arg(format!("memory-backend-memfd,id=memory,share=on,size={}M", self.memory_mib));
         qemu.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd).args(["-append", PARAMETERS]);
@@ -81,17 +109,6 @@ impl Machine {
         // What it complains of is for the user.
         qemu.stdin(Stdio::null()).stdout(Stdio::null());
         ChildGuard::spawn(qemu)
-    }
-
-    fn clock(&self) -> Vec<String> {
-        let thread = if self.icount { "single" } else { "multi" };
-        let cpus = if self.icount { 1 } else { self.cpus };
-        let accelerator = format!("tcg,thread={thread},tb-size={TRANSLATIONS_MIB}");
-        let mut arguments = vec!["-accel".to_owned(), accelerator, "-smp".to_owned(), cpus.to_string()];
-        if self.icount {
-            arguments.extend(["-icount".to_owned(), "shift=0,sleep=off".to_owned()]);
-        }
-        arguments
     }
 }
 

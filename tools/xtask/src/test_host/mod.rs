@@ -19,7 +19,7 @@ use anyhow::{Context, Result};
 use caisson_testbed::{Accelerator, Installation};
 
 pub use image::Image;
-pub use machine::Machine;
+pub use machine::{Clock, Machine};
 pub use run::{Task, TestHost};
 
 use crate::step::step;
@@ -43,9 +43,9 @@ pub struct Options {
     /// The test host's memory in MiB
     #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u64).range(512..))]
     memory_mib: u64,
-    /// The test host's processors
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
-    cpus: u32,
+    /// So many processors on this machine's clock, instead of one whose clock goes by what it executes
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
+    cpus: Option<u32>,
     /// Boots the test host even where KVM works without
     #[arg(long)]
     force: bool,
@@ -66,6 +66,16 @@ pub struct Options {
     command: Vec<String>,
 }
 
+impl Options {
+    fn clock(&self) -> Clock {
+        match self.cpus {
+            _ if self.icount => Clock::Instructions,
+            Some(cpus) => Clock::Host { cpus },
+            None => Clock::Work,
+        }
+    }
+}
+
 /// Does it. The exit code is the command's.
 pub fn run(installation: &Installation, command: &Command) -> Result<ExitCode> {
     let Command::Run(options) = command;
@@ -77,7 +87,7 @@ pub fn run(installation: &Installation, command: &Command) -> Result<ExitCode> {
         eprintln!("    a test host is needed here: {}", accelerator.reason);
     }
     let image = image(&options.suite)?;
-    let machine = Machine { icount: options.icount, cpus: options.cpus, memory_mib: options.memory_mib };
+    let machine = Machine { clock: options.clock(), memory_mib: options.memory_mib };
     let mut host = TestHost::new(installation, image, machine)?;
     for folder in &options.share {
         host.share(folder)?;

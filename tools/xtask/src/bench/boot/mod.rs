@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use caisson_testbed::{Accelerator, Installation};
 
 use self::{guest::Guest, hypervisor::Candidate, report::Report};
-use super::Clock;
+use super::Place;
 
 /// How to measure.
 #[derive(clap::Args)]
@@ -33,7 +33,7 @@ pub struct Options {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    pub(super) clock: Clock,
+    pub(super) place: Place,
 }
 
 /// Measures and prints.
