@@ -109,8 +109,12 @@ impl<'a> Lines<'a> {
     }
 
     fn problem(&self, error: &toml::de::Error) -> Problem {
-        let offset = error.span().map_or(0, |span| span.start);
-        Problem::at(self.place(offset), error.message().trim().replace('\n', ", "))
+        let offset = self.text.floor_char_boundary(error.span().map_or(0, |span| span.start));
+        let found = match self.text[offset..].lines().next().map(str::trim_end) {
+            None | Some("") => "the end of the line".to_owned(),
+            Some(rest) => quote(rest),
+        };
+        Problem::at(self.place(offset), format!("found {found}: {}", error.message().trim().replace('\n', ", ")))
     }
 
     fn table(&self, table: DeTable<'_>, problems: &mut Vec<Problem>) -> Table {

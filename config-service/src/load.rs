@@ -11,7 +11,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    document::{self, Table},
+    document::{self, Content, Table},
     hypervisor,
     installation::Found,
     problem::{Place, Problem},
@@ -65,12 +65,40 @@ pub(crate) fn merge(layers: &[Layer]) -> Result<Table, Vec<Problem>> {
     let (mut document, mut problems) = (Table::new(), Vec::new());
     for (number, layer) in layers.iter().enumerate() {
         let table = document::parse(&layer.text, number, &layer.file);
-        match table.and_then(|mut table| hypervisor::canonicalise(&mut table).map(|()| table)) {
+        match table.and_then(canonical) {
             Ok(table) => document::merge(&mut document, table),
             Err(found) => problems.extend(found),
         }
     }
     if problems.is_empty() { Ok(document) } else { Err(problems) }
+}
+
+/// Gives tables that have two names the one that everything else knows.
+fn canonical(mut table: Table) -> Result<Table, Vec<Problem>> {
+    hypervisor::canonicalise(&mut table)?;
+    join_agents(&mut table)?;
+    Ok(table)
+}
+
+/// `[agent.kata]` is Kata Containers' name for `[agent]`.
+fn join_agents(table: &mut Table) -> Result<(), Vec<Problem>> {
+    const KATA: &str = "kata";
+    let Some(Content::Table(agent)) = table.get_mut("agent").map(|entry| &mut entry.content) else { return Ok(()) };
+    let Some(kata) = agent.get(KATA) else { return Ok(()) };
+    let Content::Table(keys) = kata.content.clone() else { return Ok(()) };
+    agent.remove(KATA);
+    let mut problems = Vec::new();
+    for (key, entry) in keys {
+        match agent.get(&key) {
+            Some(other) => {
+                let text =
+                    format!("is another name of agent.{key}, which stands at {}; write one of them", other.place);
+                problems.push(Problem::of_key(Some(&entry.place), format!("agent.{KATA}.{key}"), text));
+            }
+            None => drop(agent.insert(key, entry)),
+        }
+    }
+    if problems.is_empty() { Ok(()) } else { Err(problems) }
 }
 
 fn is_same([one, other]: &[PathBuf; 2]) -> bool {

@@ -30,7 +30,7 @@ pub fn page(options: &[(&str, Vec<LauncherOption>)]) -> String {
         page.push_str(&format!("\n## `[hypervisor.{}]`{synonym}\n\n", known.name));
         page.push_str(&of_launcher(known.title, options));
     }
-    page.push_str("\n## `[agent]`\n\n");
+    page.push_str("\n## `[agent]`, or `[agent.kata]`\n\n");
     page.push_str(&table(&key_doc::agent()));
     page.push_str("\n## `[runtime]`\n\n");
     page.push_str(&table(&key_doc::runtime()));

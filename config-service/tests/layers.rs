@@ -39,6 +39,17 @@ async fn drop_ins_are_laid_over_in_the_order_of_their_names() {
 }
 
 #[tokio::test]
+async fn katas_agent_table_is_the_agents() {
+    let host = Host::new();
+    host.configure("[agent]\ndebug_console_enabled = false");
+    host.write("etc/config.d/a.toml", "[agent.kata]\ndebug_console_enabled = true");
+    let resolved = host.resolve().await.unwrap();
+    assert!(resolved.config.debug_console);
+    let written = format!("{}:2", host.path("etc/config.d/a.toml").display());
+    assert_eq!(origin(&resolved, "agent.debug_console_enabled"), written);
+}
+
+#[tokio::test]
 async fn a_drop_in_replaces_an_array() {
     let host = Host::new();
     host.configure("virtio_fs_extra_args = [\"-a\", \"-b\"]");

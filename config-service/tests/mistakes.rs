@@ -153,28 +153,36 @@ mistake!(every_mistake_is_told_at_once:
 
 mistake!(every_syntax_error_is_told:
     "default_vcpus =\ndefault_memory = 1 2" =>
-    "DIR/etc/configuration.toml:4:16: string values must be quoted, expected literal string",
-    "DIR/etc/configuration.toml:5:18: string values must be quoted, expected literal string");
+    "DIR/etc/configuration.toml:4:16: found the end of the line: string values must be quoted, expected literal string",
+    "DIR/etc/configuration.toml:5:18: found \"1 2\": string values must be quoted, expected literal string");
 
 mistake!(an_unterminated_string_is_located:
     "kernel_params = \"quiet" =>
-    "DIR/etc/configuration.toml:4:23: invalid basic string, expected `\"`");
+    "DIR/etc/configuration.toml:4:23: found the end of the line: invalid basic string, expected `\"`");
 
 mistake!(a_key_that_is_written_twice_is_located:
     "default_vcpus = 1\ndefault_vcpus = 2" =>
-    "DIR/etc/configuration.toml:5:1: duplicate key");
+    "DIR/etc/configuration.toml:5:1: found \"default_vcpus = 2\": duplicate key");
 
 mistake!(a_table_that_is_written_twice_is_located:
     "[agent]\n[agent]" =>
-    "DIR/etc/configuration.toml:5:2: duplicate key");
+    "DIR/etc/configuration.toml:5:2: found \"agent]\": duplicate key");
 
 mistake!(an_array_of_tables_is_no_table:
     "[[agent]]\ndebug_console_enabled = true" =>
     "DIR/etc/configuration.toml:4:3: agent: found an array, expected a table");
 
-mistake!(katas_agent_table_is_unknown:
-    "[agent.kata]\ndebug_console_enabled = true" =>
-    "DIR/etc/configuration.toml:4:8: agent.kata: unknown key; accepted: debug_console_enabled");
+mistake!(a_key_of_katas_agent_table_that_there_is_not_gets_the_list:
+    "[agent.kata]\ndial_timeout = 45" =>
+    "DIR/etc/configuration.toml:5:1: agent.dial_timeout: unknown key; accepted: debug_console_enabled");
+
+mistake!(one_agent_under_two_names_says_one_thing:
+    "[agent]\ndebug_console_enabled = true\n[agent.kata]\ndebug_console_enabled = false" =>
+    "DIR/etc/configuration.toml:7:1: agent.kata.debug_console_enabled: is another name of agent.debug_console_enabled, which stands at DIR/etc/configuration.toml:5:1; write one of them");
+
+mistake!(another_agents_table_is_unknown:
+    "[agent.other]\ndebug_console_enabled = true" =>
+    "DIR/etc/configuration.toml:4:8: agent.other: unknown key; accepted: debug_console_enabled");
 
 mistake!(a_key_below_a_value_is_refused:
     "[hypervisor.qemu.kernel_params]\nquiet = true" =>

@@ -17,7 +17,7 @@ mod vmm_program;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 
 use output::Format;
 
@@ -93,7 +93,8 @@ async fn run(command: Command, format: Format) -> anyhow::Result<ExitCode> {
         Command::Install(arguments) => install::run(arguments, format).await?,
         Command::Uninstall(arguments) => install::undo(&arguments, format)?,
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Arguments::command(), "caisson", &mut std::io::stdout());
+            let script = install::completions(shell)?;
+            format.print(&serde_json::json!({ "completions": script }), |_| script.clone())?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -105,6 +106,8 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory;
+
     use super::*;
 
     #[test]

@@ -21,12 +21,14 @@ fn completions(prefix: &Path) -> anyhow::Result<Vec<(PathBuf, String)>> {
         (Shell::Zsh, "share/zsh/site-functions/_caisson"),
         (Shell::Fish, "share/fish/vendor_completions.d/caisson.fish"),
     ];
-    let text = |shell: Shell| {
-        let mut text = Vec::new();
-        clap_complete::generate(shell, &mut crate::Arguments::command(), "caisson", &mut text);
-        String::from_utf8(text).with_context(|| format!("complete for {shell}"))
-    };
-    places.into_iter().map(|(shell, place)| Ok((prefix.join(place), text(shell)?))).collect()
+    places.into_iter().map(|(shell, place)| Ok((prefix.join(place), completions_of(shell)?))).collect()
+}
+
+/// The script that completes the command in `shell`.
+pub(crate) fn completions_of(shell: Shell) -> anyhow::Result<String> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut crate::Arguments::command(), "caisson", &mut script);
+    String::from_utf8(script).with_context(|| format!("complete for {shell}"))
 }
 
 /// `caisson.1`, `caisson-sandbox.1`, `caisson-sandbox-exec.1`, …

@@ -19,6 +19,7 @@ use anyhow::{Context, bail};
 use caisson_config_service::installation::Installation;
 use serde::Serialize;
 
+pub(crate) use manual::completions_of as completions;
 pub(crate) use uninstall::{Arguments as UninstallArguments, run as undo};
 
 use crate::{output::Format, program};
