@@ -25,8 +25,10 @@ const MACHINE: Machine = Machine { clock: Clock::Work, memory_mib: 9600 };
 const LIMIT: Duration = Duration::from_secs(2400);
 /// How many test hosts there are at a time.
 const LANES: usize = 2;
-/// How often a batch is tried whose test host is not fit for it; a test that fails is not tried again here.
+/// How many test hosts a batch is given that die or are not fit for it.
 const BOOTS: usize = 4;
+/// And how many in which its tests fail. What fails in the first is told, whatever becomes of it in the second.
+const TRIES: usize = 2;
 /// What a test host ends with in which KVM does not run Debian's own QEMU well: `EX_TEMPFAIL` of `sysexits.h`.
 const UNFIT: u8 = 75;
 /// Nextest's own settings for it, in .config/nextest.toml.
@@ -211,16 +213,24 @@ fn all(
     (lines.into_inner().expect("no lane panics"), verdict)
 }
 
-/// A test host may die of its emulated processor, or not be fit from the start. That is told, and is no verdict on the tests:
-/// it boots again.
+/// A test host may die of its emulated processor, or not be fit from the start: that is no verdict on the tests, and another
+/// one boots. Tests that fail are tried in one more, too, which has done nothing before.
 fn run_in(host: &TestHost, task: &Task<'_>) -> Result<(String, Result<()>)> {
+    let mut tries = 0;
     for boot in 1..=BOOTS {
         let mut output = Vec::new();
         match host.run(task, &mut output) {
             Ok(UNFIT) => eprintln!("    boot {boot} of the test host: its emulated processor does not run guests well"),
             Ok(code) => {
+                tries += 1;
                 let verdict = match code {
                     0 => Ok(()),
+                    code if tries < TRIES && boot < BOOTS => {
+                        eprintln!(
+                            "    boot {boot} of the test host: tests failed (exit code {code}); once more in another"
+                        );
+                        continue;
+                    }
                     code => Err(anyhow!("tests failed in the test host (exit code {code})")),
                 };
                 return Ok((String::from_utf8_lossy(&output).into_owned(), verdict));
