@@ -3,8 +3,8 @@
 use std::{future::Future, path::Path};
 
 use caisson_protocol::vmm::{
-    CapabilitiesResponse, CreateRequest, Device, GuestDevice, ResizeMemoryRequest, ResizeVcpusRequest, RestoreRequest,
-    SnapshotRequest, WaitResponse,
+    CapabilitiesResponse, CreateRequest, Device, GuestDevice, ResizeBalloonRequest, ResizeMemoryRequest,
+    ResizeVcpusRequest, RestoreRequest, SnapshotRequest, WaitResponse,
 };
 
 use crate::{
@@ -90,6 +90,11 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     /// Answers how much memory there is afterwards, in MiB.
     fn resize_memory(&self, _request: &ResizeMemoryRequest) -> impl Future<Output = Result<u64>> + Send {
         unsupported("changing the amount of memory", Self::NAME)
+    }
+
+    /// Answers how much memory the balloon holds afterwards, in MiB.
+    fn resize_balloon(&self, _request: &ResizeBalloonRequest) -> impl Future<Output = Result<u64>> + Send {
+        unsupported("changing the size of a balloon", Self::NAME)
     }
 
     /// What the hypervisor counts, beyond what every launcher does; Prometheus text format.

@@ -104,6 +104,16 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
         Ok(ResizeMemoryResponse { memory_mib, ..Default::default() })
     }
 
+    async fn resize_balloon(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeBalloonRequest,
+    ) -> ttrpc::Result<ResizeBalloonResponse> {
+        let hypervisor = answer_alive(&self.vm, "resize the balloon of")?;
+        let memory_mib = answer(hypervisor.resize_balloon(&request).await)?;
+        Ok(ResizeBalloonResponse { memory_mib, ..Default::default() })
+    }
+
     async fn capabilities(
         &self,
         _: &TtrpcContext,

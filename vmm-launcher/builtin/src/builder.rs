@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     arch::{self, acpi, kernel, layout},
-    devices::{Devices, NamedDevice},
+    devices::{Devices, Made, NamedDevice},
     ending::Ending,
     event_loop::EventLoop,
     machine::{Attached, Machine},
@@ -56,7 +56,7 @@ pub fn build_vm(config: &VmConfig, parts: Parts<'_>) -> Result<(Machine, Vec<Str
     let ram = memory.clone();
     // Their processes start while the kernel is loaded.
     let devices = Devices::new(parts.options, parts.run_dir, parts.file_servers);
-    let (devices, addresses) = devices.make(config, &mut memory)?;
+    let Made { devices, addresses, balloon } = devices.make(config, &mut memory)?;
     let entry = kernel::load(config, &kernel_parameters(config), &ram)?;
     acpi::write(&memory, config.vcpus, devices.len() as u32)?;
 
@@ -73,7 +73,7 @@ pub fn build_vm(config: &VmConfig, parts: Parts<'_>) -> Result<(Machine, Vec<Str
 
     let vcpus = Vcpus::start(vcpus, Arc::new(buses), parts.ending, parts.filter.as_ref())?;
     let device_thread = event_loop.start(parts.filter)?;
-    Ok((Machine { vcpus, device_thread, attached, serial, button, vm, memory }, addresses))
+    Ok((Machine { vcpus, device_thread, attached, balloon, serial, button, vm, memory }, addresses))
 }
 
 fn open_kvm() -> Result<Kvm> {

@@ -9,7 +9,7 @@ use vm_memory::GuestAddress;
 use crate::{
     memory::{self, GuestMemory},
     options::{BlockIo, FileServer, Options},
-    virtio::{self, IoEngine, Pmem, PmemImage, VirtioDevice, fs},
+    virtio::{self, BalloonControl, IoEngine, Pmem, PmemImage, VirtioDevice, fs},
 };
 
 /// The kinds of device that a guest can have, by their names in the contract.
@@ -34,27 +34,37 @@ pub struct Devices<'a> {
     options: &'a Options,
     run_dir: &'a Path,
     file_servers: &'a mut Vec<Virtiofsd>,
-    made: Vec<NamedDevice>,
+    made: Made,
+}
+
+/// The devices of a VM.
+#[derive(Default)]
+pub struct Made {
+    /// The image first.
+    pub devices: Vec<NamedDevice>,
+    /// Where the guest finds those of the request, in its order.
+    pub addresses: Vec<String>,
+    /// The host's hold of the balloon, if there is one.
+    pub balloon: Option<BalloonControl>,
 }
 
 impl<'a> Devices<'a> {
     /// No devices yet. `file_servers` gets the processes that they need.
     pub fn new(options: &'a Options, run_dir: &'a Path, file_servers: &'a mut Vec<Virtiofsd>) -> Self {
-        Self { options, run_dir, file_servers, made: Vec::new() }
+        Self { options, run_dir, file_servers, made: Made::default() }
     }
 
-    /// Makes all that `vm` names, the image first. `memory` grows by persistent memory. Answers the devices, and where the
-    /// guest finds those of the request, in its order.
+    /// Makes all that `vm` names. `memory` grows by persistent memory.
     ///
     /// # Errors
     /// When a device cannot be had.
-    pub fn make(mut self, vm: &VmConfig, memory: &mut GuestMemory) -> Result<(Vec<NamedDevice>, Vec<String>)> {
+    pub fn make(mut self, vm: &VmConfig, memory: &mut GuestMemory) -> Result<Made> {
         if !vm.image.is_empty() {
             let image = Block { path: vm.image.clone(), read_only: true, ..Default::default() };
             self.block(IMAGE_ID, &image)?;
         }
-        let addresses = vm.devices.iter().map(|device| self.add(device, memory)).collect::<Result<_>>()?;
-        Ok((self.made, addresses))
+        self.made.addresses = vm.devices.iter().map(|device| self.add(device, memory)).collect::<Result<_>>()?;
+        Ok(self.made)
     }
 
     fn add(&mut self, device: &Device, memory: &mut GuestMemory) -> Result<String> {
@@ -87,7 +97,8 @@ impl<'a> Devices<'a> {
                 self.push(id, "pmem", Pmem::new(image, start), String::new())
             }
             Kind::Balloon(balloon) => {
-                let (balloon, _) = virtio::Balloon::new(balloon);
+                let (balloon, control) = virtio::Balloon::new(balloon);
+                self.made.balloon = Some(control);
                 self.push(id, "balloon", balloon, String::new())
             }
             Kind::Rng(rng) => self.push(id, "rng", virtio::Rng::open(rng)?, String::new()),
@@ -115,7 +126,7 @@ impl<'a> Devices<'a> {
         device: impl VirtioDevice + 'static,
         address: String,
     ) -> Result<String> {
-        self.made.push(NamedDevice { id: id.to_owned(), kind, device: Box::new(device) });
+        self.made.devices.push(NamedDevice { id: id.to_owned(), kind, device: Box::new(device) });
         Ok(address)
     }
 }

@@ -7,7 +7,9 @@ use std::{
     time::Duration,
 };
 
-use caisson_protocol::vmm::{CapabilitiesResponse, CreateRequest, ExitReason, GuestDevice, WaitResponse};
+use caisson_protocol::vmm::{
+    CapabilitiesResponse, CreateRequest, ExitReason, GuestDevice, ResizeBalloonRequest, WaitResponse,
+};
 use caisson_vmm_launcher::{
     Error, Result,
     block_driver::Bus,
@@ -82,7 +84,7 @@ impl Hypervisor for Builtin {
         Ok(CapabilitiesResponse {
             version: env!("CARGO_PKG_VERSION").into(),
             devices: words(&KINDS),
-            operations: words(&["pause"]),
+            operations: words(&["pause", "resize-balloon"]),
             accelerator,
             accelerator_reason,
             missing: MISSING.iter().map(|(what, why)| ((*what).to_owned(), (*why).to_owned())).collect(),
@@ -153,6 +155,21 @@ impl Hypervisor for Builtin {
 
     async fn power_off(&self) -> Result<()> {
         self.with_machine("power off", Machine::press_power_button)?
+    }
+
+    async fn resize_balloon(&self, request: &ResizeBalloonRequest) -> Result<u64> {
+        const VERB: &str = "resize the balloon of";
+        let wanted_mib = request.memory_mib;
+        if wanted_mib >= self.memory_mib {
+            let has_mib = self.memory_mib;
+            return Err(Error::Invalid(format!("a balloon cannot hold {wanted_mib} MiB of a guest's {has_mib} MiB")));
+        }
+        let balloon = self.with_machine(VERB, Machine::balloon)?;
+        let mut balloon = balloon.ok_or_else(|| Error::Invalid("the VM has no balloon device".into()))?;
+        balloon.set_target(wanted_mib << 20);
+        // How far the guest has come is an answer too.
+        let _ = timeout(Duration::from_millis(request.timeout_ms.into()), balloon.settled()).await;
+        self.with_machine(VERB, |_| balloon.actual() >> 20)
     }
 
     fn kill(&self) {

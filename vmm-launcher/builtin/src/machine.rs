@@ -6,7 +6,13 @@ use caisson_vmm_launcher::{Error, Result};
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{event_loop::DeviceThread, memory::GuestMemory, serial::Serial, vcpu::Vcpus, virtio::Transport};
+use crate::{
+    event_loop::DeviceThread,
+    memory::GuestMemory,
+    serial::Serial,
+    vcpu::Vcpus,
+    virtio::{BalloonControl, Transport},
+};
 
 /// A VM. Dropping it ends its threads and waits for them: no more than a device's work in flight.
 ///
@@ -16,6 +22,7 @@ pub struct Machine {
     #[expect(dead_code, reason = "ends when dropped")]
     pub(crate) device_thread: DeviceThread,
     pub(crate) attached: Vec<Attached>,
+    pub(crate) balloon: Option<BalloonControl>,
     pub(crate) serial: Arc<Serial>,
     pub(crate) button: EventFd,
     #[expect(dead_code, reason = "the VM exists for as long as its descriptor")]
@@ -56,6 +63,11 @@ impl Machine {
     /// When the host fails.
     pub fn press_power_button(&self) -> Result<()> {
         self.button.write(1).map_err(Error::host("press the guest's power button"))
+    }
+
+    /// The hold of the VM's balloon, if it has one.
+    pub fn balloon(&self) -> Option<BalloonControl> {
+        self.balloon.clone()
     }
 
     /// Stops the vCPUs and waits for nobody; what the VM has goes with the process.

@@ -8,6 +8,7 @@
 mod fixture;
 mod pattern;
 
+mod balloon;
 mod cycles;
 mod devices;
 mod disks;

@@ -154,7 +154,7 @@ async fn what_a_hypervisor_is_not_made_to_do_is_unimplemented_and_no_capability(
     let sentence = format!("changing the amount of memory is not supported with {}", backend.name());
     assert_eq!(status, Status::new(Code::UNIMPLEMENTED, sentence));
     let able = launcher.client.capabilities(deadline(LIMIT), &vmm::CapabilitiesRequest::new()).await.unwrap();
-    assert_eq!(able.operations, ["pause"]);
+    assert!(!able.operations.iter().any(|operation| operation == "resize-memory"));
     assert!(!able.accelerator_reason.is_empty());
 }
 

@@ -3,12 +3,13 @@
 //! The guest's statistics are not asked for: its agent tells more.
 
 use std::sync::{
-    Arc, Mutex, PoisonError,
+    Arc, Mutex, MutexGuard, PoisonError,
     atomic::{AtomicU32, Ordering},
 };
 
 use caisson_protocol::vmm;
 use nix::fcntl::{FallocateFlags, fallocate};
+use tokio::sync::watch;
 use tracing::debug;
 use virtio_bindings::{
     virtio_ids::VIRTIO_ID_BALLOON,
@@ -48,20 +49,25 @@ const ACTUAL_OFFSET: u64 = 4;
 #[derive(Debug)]
 pub struct Balloon {
     reports_free_pages: bool,
-    size: Arc<Size>,
+    wanted: Arc<Wanted>,
+    /// Its size in pages, as the guest says. There is no control any more when it is dropped.
+    actual: watch::Sender<u32>,
     active: Option<Active>,
     counters: Counters,
 }
 
 /// The host's hold of a balloon.
 #[derive(Clone, Debug)]
-pub struct BalloonControl(Arc<Size>);
+pub struct BalloonControl {
+    wanted: Arc<Wanted>,
+    actual: watch::Receiver<u32>,
+}
 
-/// What the balloon and its control share. Sizes are in pages.
+/// What the balloon is told by its control.
 #[derive(Debug, Default)]
-struct Size {
+struct Wanted {
+    /// In pages.
     target: AtomicU32,
-    actual: AtomicU32,
     /// Of the driver, while there is one.
     interrupt: Mutex<Option<Interrupt>>,
 }
@@ -84,10 +90,11 @@ struct Counters {
 impl Balloon {
     /// An empty balloon, and the host's hold of it.
     pub fn new(balloon: &vmm::Balloon) -> (Self, BalloonControl) {
-        let size = Arc::<Size>::default();
-        let control = BalloonControl(size.clone());
+        let wanted = Arc::<Wanted>::default();
+        let (actual, receiver) = watch::channel(0);
+        let control = BalloonControl { wanted: wanted.clone(), actual: receiver };
         let reports_free_pages = balloon.free_page_reporting;
-        (Self { reports_free_pages, size, active: None, counters: Counters::default() }, control)
+        (Self { reports_free_pages, wanted, actual, active: None, counters: Counters::default() }, control)
     }
 }
 
@@ -95,20 +102,29 @@ impl BalloonControl {
     /// Has the guest give up `bytes` of its memory in all, rounded down to pages. It does as soon as it can, as far as it can.
     pub fn set_target(&self, bytes: u64) {
         let pages = u32::try_from(bytes / PAGE_BYTES).unwrap_or(u32::MAX);
-        self.0.target.store(pages, Ordering::SeqCst);
-        if let Some(interrupt) = &*self.0.interrupt() {
+        self.wanted.target.store(pages, Ordering::SeqCst);
+        if let Some(interrupt) = &*self.wanted.interrupt() {
             interrupt.config_changed();
         }
     }
 
     /// How much the guest has given up, as it says, in bytes.
     pub fn actual(&self) -> u64 {
-        u64::from(self.0.actual.load(Ordering::SeqCst)) * PAGE_BYTES
+        in_bytes(*self.actual.borrow())
+    }
+
+    /// Answers when the guest has given up what is wanted, and no more; or when the balloon is gone.
+    pub async fn settled(&mut self) {
+        let _ = self.actual.wait_for(|actual| *actual == self.wanted.target.load(Ordering::SeqCst)).await;
     }
 }
 
-impl Size {
-    fn interrupt(&self) -> std::sync::MutexGuard<'_, Option<Interrupt>> {
+fn in_bytes(pages: u32) -> u64 {
+    u64::from(pages) * PAGE_BYTES
+}
+
+impl Wanted {
+    fn interrupt(&self) -> MutexGuard<'_, Option<Interrupt>> {
         self.interrupt.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -128,18 +144,19 @@ impl VirtioDevice for Balloon {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let sizes = [&self.size.target, &self.size.actual].map(|size| size.load(Ordering::SeqCst).to_le_bytes());
+        let target = self.wanted.target.load(Ordering::SeqCst);
+        let sizes = [target, *self.actual.borrow()].map(u32::to_le_bytes);
         config_space::read(sizes.as_flattened(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         if let (ACTUAL_OFFSET, Ok(actual)) = (offset, data.try_into()) {
-            self.size.actual.store(u32::from_le_bytes(actual), Ordering::SeqCst);
+            self.actual.send_replace(u32::from_le_bytes(actual));
         }
     }
 
     fn activate(&mut self, driver: Driver) -> Result<(), ActivateError> {
-        *self.size.interrupt() = Some(driver.interrupt.clone());
+        *self.wanted.interrupt() = Some(driver.interrupt.clone());
         let accepts_reporting = driver.features & PAGE_REPORTING != 0;
         let queues = Virtqueue::all(driver);
         let last = queues.iter().rposition(Option::is_some);
@@ -167,15 +184,14 @@ impl VirtioDevice for Balloon {
 
     fn reset(&mut self) {
         self.active = None;
-        *self.size.interrupt() = None;
-        self.size.actual.store(0, Ordering::SeqCst);
+        *self.wanted.interrupt() = None;
+        self.actual.send_replace(0);
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
-        let in_bytes = |pages: &AtomicU32| u64::from(pages.load(Ordering::SeqCst)) * PAGE_BYTES;
         vec![
-            ("target_bytes", in_bytes(&self.size.target)),
-            ("actual_bytes", in_bytes(&self.size.actual)),
+            ("target_bytes", in_bytes(self.wanted.target.load(Ordering::SeqCst))),
+            ("actual_bytes", in_bytes(*self.actual.borrow())),
             ("inflated_bytes_total", self.counters.inflated_bytes),
             ("deflated_bytes_total", self.counters.deflated_bytes),
             ("reported_bytes_total", self.counters.reported_bytes),
@@ -356,6 +372,21 @@ mod tests {
         balloon.write_config(ACTUAL_OFFSET, &[1]);
         balloon.write_config(0, &[9; 4]);
         assert_eq!(control.actual(), 2 * 4096, "what is no size changes nothing");
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_the_size_is_told_of_it_and_of_the_balloons_end() {
+        let (mut balloon, mut control, _driver) = active(false);
+        control.settled().await;
+        control.set_target(2 * 4096);
+        let ((), ()) = tokio::join!(control.settled(), async {
+            balloon.write_config(ACTUAL_OFFSET, &1_u32.to_le_bytes());
+            tokio::task::yield_now().await;
+            balloon.write_config(ACTUAL_OFFSET, &2_u32.to_le_bytes());
+        });
+        assert_eq!(control.actual(), 2 * 4096);
+        control.set_target(3 * 4096);
+        let ((), ()) = tokio::join!(control.settled(), async { drop(balloon) });
     }
 
     #[test]
