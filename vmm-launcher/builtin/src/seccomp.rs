@@ -50,8 +50,6 @@ const BASE: &[c_long] = &[
     libc::SYS_getsockopt,
     libc::SYS_gettid,
     libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
-    libc::SYS_io_uring_setup,
     libc::SYS_lseek,
     libc::SYS_madvise,
     libc::SYS_membarrier,

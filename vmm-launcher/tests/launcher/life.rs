@@ -7,7 +7,11 @@ use caisson_protocol::{
     status::{Code, Status},
     vmm::{self, Console, ExitReason, Fs, VmState, device::Kind},
 };
-use nix::sys::signal::{Signal, kill};
+use nix::sys::{
+    ptrace,
+    signal::{Signal, kill},
+    wait::{WaitPidFlag, waitpid},
+};
 
 use crate::fixture::{
     Backend, Images, LIMIT, Launcher, children, device, for_backend, for_each_backend, pid, process_ended, text,
@@ -33,7 +37,8 @@ for_backend!(
     builtin_only,
     Builtin,
     stop_ends_a_create_that_hangs_and_leaves_nothing,
-    a_guest_has_the_processors_and_the_memory_that_it_was_given
+    a_guest_has_the_processors_and_the_memory_that_it_was_given,
+    a_forbidden_system_call_ends_the_vm_and_is_told
 );
 
 async fn a_guest_that_powers_off_ends_its_vm(backend: Backend) {
@@ -186,6 +191,49 @@ async fn a_launcher_that_is_told_to_end_ends_its_vm_first(backend: Backend) {
     assert!(launcher.ended().await.success());
     assert!(!std::path::Path::new(&format!("/proc/{}", created.pid)).exists());
     assert!(launcher.leftovers().is_empty());
+}
+
+async fn a_forbidden_system_call_ends_the_vm_and_is_told(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let mut launcher = Launcher::start(backend).await;
+    let mut request = launcher.request(&images, "sleep");
+    let log = launcher.dir.path().join("console.log");
+    request.vm.as_mut().unwrap().devices =
+        vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    let created = launcher.create(&request).await.unwrap();
+    launcher.boot().await.unwrap();
+    launcher.until_console_has(&log, "guest: up").await;
+
+    make_thread_call(created.pid, "vcpu0", GETPPID);
+
+    let exit = launcher.wait().await;
+    assert_eq!(exit.reason, ExitReason::HYPERVISOR_FAILED.into(), "{exit}");
+    let words = "the VMM's thread vcpu0 made system call 110, which its seccomp filter forbids";
+    assert!(exit.detail.starts_with(words), "{exit}");
+    assert!(launcher.leftovers().is_empty());
+    launcher.signal(Signal::SIGTERM);
+    assert!(launcher.ended().await.success());
+}
+
+/// A harmless one that no thread of a guest's has a use for; its number on x86-64.
+const GETPPID: u64 = 110;
+
+/// Has a thread of process `number` that waits in a system call make another one, as a debugger does: as if something in
+/// the guest had gained hold of it.
+fn make_thread_call(number: u32, name: &str, call: u64) {
+    let tasks = std::fs::read_dir(format!("/proc/{number}/task")).unwrap();
+    let is_it = |task: &std::path::PathBuf| std::fs::read_to_string(task.join("comm")).unwrap().trim() == name;
+    let task = tasks.map(|task| task.unwrap().path()).find(is_it).unwrap();
+    let thread = pid(task.file_name().unwrap().to_str().unwrap().parse().unwrap());
+    ptrace::seize(thread, ptrace::Options::empty()).unwrap();
+    ptrace::interrupt(thread).unwrap();
+    waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+    let mut registers = ptrace::getregs(thread).unwrap();
+    // Back to the instruction that has entered the kernel, which is two bytes long, and not into the same call.
+    registers.rip -= 2;
+    (registers.rax, registers.orig_rax) = (call, u64::MAX);
+    ptrace::setregs(thread, registers).unwrap();
+    ptrace::detach(thread, None).unwrap();
 }
 
 /// From the smallest to one that has memory above 4 GiB. More than the host has cannot be had.

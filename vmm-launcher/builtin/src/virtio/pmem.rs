@@ -18,7 +18,7 @@ use super::{
     buffers::{Buffers, Segments},
     config_space,
     device::ActivateError,
-    disk_io::{self, Engine, IoEngine, MAX_IN_FLIGHT, Operation},
+    disk_io::{Engine, IoEngine, MAX_IN_FLIGHT, Means, Operation},
     image::Image,
     virtqueue::{Chain, Virtqueue},
 };
@@ -84,7 +84,7 @@ impl PmemImage {
 pub struct Pmem {
     image: Image,
     start: GuestAddress,
-    engine: IoEngine,
+    means: Means,
     active: Option<Active>,
     counters: Counters,
 }
@@ -109,7 +109,8 @@ struct Active {
 impl Pmem {
     /// `image`, whose region is in guest memory at `start`.
     pub fn new(image: PmemImage, start: GuestAddress) -> Self {
-        Self { image: image.0, start, engine: IoEngine::Auto, active: None, counters: Counters::default() }
+        let engine = if image.0.is_read_only { IoEngine::Thread } else { IoEngine::Auto };
+        Self { image: image.0, start, means: Means::prepare(engine), active: None, counters: Counters::default() }
     }
 
     fn pass(&mut self) {
@@ -143,7 +144,7 @@ impl VirtioDevice for Pmem {
     fn activate(&mut self, driver: Driver) -> Result<(), ActivateError> {
         let memory = driver.memory.clone();
         let queue = Virtqueue::all(driver).into_iter().next().flatten().ok_or("the driver set up no queue")?;
-        let open = || disk_io::open(&mut self.engine, &self.image.file, &memory);
+        let open = || self.means.open(&self.image.file, &memory);
         let engine = (!self.image.is_read_only).then(open).transpose()?;
         self.active = Some(Active { engine, queue, memory, in_flight: Slab::new() });
         Ok(())

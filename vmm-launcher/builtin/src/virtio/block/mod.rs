@@ -26,7 +26,7 @@ use super::{
     buffers::Segments,
     config_space,
     device::ActivateError,
-    disk_io::{self, Completion, Engine, IoEngine, MAX_IN_FLIGHT, Operation},
+    disk_io::{Completion, Engine, IoEngine, MAX_IN_FLIGHT, Means, Operation},
     image::Image,
     virtqueue::Virtqueue,
 };
@@ -39,7 +39,7 @@ const QUEUE_SIZES: [u16; 1] = [MAX_IN_FLIGHT as u16];
 #[derive(Debug)]
 pub struct Block {
     disk: Disk,
-    engine: IoEngine,
+    means: Means,
     active: Option<Active>,
 }
 
@@ -98,7 +98,8 @@ impl Block {
         let image = Image::open("disk", &block.path, block.read_only)?;
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
         serial.iter_mut().zip(id.bytes()).for_each(|(to, from)| *to = from);
-        Ok(Self { disk: Disk { image, serial, counters: Counters::default() }, engine, active: None })
+        let disk = Disk { image, serial, counters: Counters::default() };
+        Ok(Self { disk, means: Means::prepare(engine), active: None })
     }
 
     /// One pass: answers what has ended, starts what is available, and answers what ended at once.
@@ -133,7 +134,7 @@ impl VirtioDevice for Block {
         let memory = driver.memory.clone();
         let writes_through = driver.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
         let queue = Virtqueue::all(driver).into_iter().next().flatten().ok_or("the driver set up no queue")?;
-        let engine = disk_io::open(&mut self.engine, &self.disk.image.file, &memory)?;
+        let engine = self.means.open(&self.disk.image.file, &memory)?;
         self.active = Some(Active { engine, queue, memory, in_flight: Slab::new(), writes_through });
         Ok(())
     }

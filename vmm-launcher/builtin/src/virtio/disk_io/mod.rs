@@ -107,20 +107,40 @@ impl Completion {
     }
 }
 
-/// An engine for `file`, whose operations read and write `memory`. What the kernel refuses is not asked for again: `choice`
-/// is then the next best.
-///
-/// # Errors
-/// The host lacks the resources.
-pub fn open(choice: &mut IoEngine, file: &Arc<File>, memory: &GuestMemory) -> io::Result<Box<dyn Engine>> {
-    if *choice == IoEngine::Auto {
-        match Uring::new(file.clone(), memory.clone()) {
-            Ok(uring) => return Ok(Box::new(uring)),
-            Err(error) => info!(%error, "io_uring cannot be used; a thread does the disk's I/O"),
+/// What the engines of one disk are made of. It is made before the process is confined.
+#[derive(Clone)]
+pub struct Means(Option<uring::Home>);
+
+impl Means {
+    /// As `engine` says; what the kernel refuses is told in the log.
+    pub fn prepare(engine: IoEngine) -> Self {
+        let ring = match engine {
+            IoEngine::Auto => uring::Home::build(),
+            IoEngine::Thread => return Self(None),
+        };
+        if let Err(error) = &ring {
+            info!(%error, "io_uring cannot be used; a thread does the disk's I/O");
         }
-        *choice = IoEngine::Thread;
+        Self(ring.ok())
     }
-    Ok(Box::new(Thread::spawn(file.clone(), memory.clone())?))
+
+    /// An engine for `file`, whose operations read and write `memory`. The one before must be gone.
+    ///
+    /// # Errors
+    /// The host lacks the resources.
+    pub fn open(&self, file: &Arc<File>, memory: &GuestMemory) -> io::Result<Box<dyn Engine>> {
+        let by_ring = self.0.as_ref().and_then(|home| Uring::new(home, file.clone(), memory.clone()));
+        if let Some(engine) = by_ring {
+            return Ok(Box::new(engine));
+        }
+        Ok(Box::new(Thread::spawn(file.clone(), memory.clone())?))
+    }
+}
+
+impl fmt::Debug for Means {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Means").field("ring", &self.0.is_some()).finish()
+    }
 }
 
 /// Guest memory as the kernel wants it. It is valid as long as a handle to the guest's memory is held.
@@ -186,10 +206,10 @@ mod tests {
         }
     }
 
-    fn reads_and_writes(mut choice: IoEngine) {
+    fn reads_and_writes(choice: IoEngine) {
         let file = Arc::new(tempfile::tempfile().unwrap());
         let memory = memory();
-        let mut engine = open(&mut choice, &file, &memory).unwrap();
+        let mut engine = Means::prepare(choice).open(&file, &memory).unwrap();
 
         memory.write_slice(&[7; 0x800], GuestAddress(0x3c00)).unwrap();
         let from = [segment(0x3c00, 0x600), segment(0x4200, 0x200)];
@@ -225,8 +245,8 @@ mod tests {
     #[test]
     fn a_buffer_outside_memory_is_refused() {
         let file = Arc::new(tempfile::tempfile().unwrap());
-        for mut choice in CHOICES {
-            let mut engine = open(&mut choice, &file, &memory()).unwrap();
+        for choice in CHOICES {
+            let mut engine = Means::prepare(choice).open(&file, &memory()).unwrap();
             let error = engine.push(1, Operation::Read { offset: 0, into: &[segment(0x7fff, 2)] }).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
         }
@@ -235,8 +255,8 @@ mod tests {
     #[test]
     fn an_error_of_the_kernel_is_told() {
         let file = Arc::new(File::open("/dev/null").unwrap());
-        for mut choice in CHOICES {
-            let mut engine = open(&mut choice, &file, &memory()).unwrap();
+        for choice in CHOICES {
+            let mut engine = Means::prepare(choice).open(&file, &memory()).unwrap();
             engine.push(1, Operation::Write { offset: 0, from: &[segment(0, 1)], is_durable: false }).unwrap();
             assert_eq!(complete_one(&mut *engine).result.unwrap_err().raw_os_error(), Some(libc::EBADF));
         }
@@ -244,11 +264,11 @@ mod tests {
 
     #[test]
     fn dropping_waits_for_what_is_under_way() {
-        for mut choice in CHOICES {
+        for choice in CHOICES {
             let file = Arc::new(tempfile::tempfile().unwrap());
             let memory = memory();
             memory.write_slice(&[7; 0x4000], GuestAddress(0)).unwrap();
-            let mut engine = open(&mut choice, &file, &memory).unwrap();
+            let mut engine = Means::prepare(choice).open(&file, &memory).unwrap();
             let from = [segment(0, 0x4000)];
             let write = |index| Operation::Write { offset: index * 0x4000, from: &from, is_durable: true };
             (0..64).for_each(|index| engine.push(index, write(index)).unwrap());
@@ -264,9 +284,50 @@ mod tests {
     #[test]
     fn what_was_pushed_and_not_submitted_is_forgotten() {
         let file = Arc::new(tempfile::tempfile().unwrap());
-        let mut engine = open(&mut IoEngine::Auto, &file, &memory()).unwrap();
+        let mut engine = Means::prepare(IoEngine::Auto).open(&file, &memory()).unwrap();
         engine.push(1, Operation::Write { offset: 0, from: &[segment(0, 16)], is_durable: false }).unwrap();
         drop(engine);
         assert_eq!(file.metadata().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn one_ring_serves_one_driver_after_the_other() {
+        let (file, memory) = (Arc::new(tempfile::tempfile().unwrap()), memory());
+        let means = Means::prepare(IoEngine::Auto);
+        memory.write_slice(&[7; 16], GuestAddress(0)).unwrap();
+        for round in 0..3 {
+            let mut engine = means.open(&file, &memory).unwrap();
+            let write = Operation::Write { offset: round * 16, from: &[segment(0, 16)], is_durable: false };
+            engine.push(round, write).unwrap();
+            assert_eq!(complete_one(&mut *engine).token, round);
+        }
+        assert_eq!(file.metadata().unwrap().len(), 48);
+    }
+
+    #[test]
+    fn what_one_driver_did_not_submit_the_next_does_not_either() {
+        let (file, memory) = (Arc::new(tempfile::tempfile().unwrap()), memory());
+        let means = Means::prepare(IoEngine::Auto);
+        let from = [segment(0, 16)];
+        let write = |offset| Operation::Write { offset, from: &from, is_durable: false };
+        let mut engine = means.open(&file, &memory).unwrap();
+        engine.push(1, write(4096)).unwrap();
+        drop(engine);
+        let mut engine = means.open(&file, &memory).unwrap();
+        engine.push(2, write(0)).unwrap();
+        assert_eq!(complete_one(&mut *engine).token, 2);
+        assert_eq!(file.metadata().unwrap().len(), 16);
+    }
+
+    #[test]
+    fn a_ring_does_nothing_but_a_disks_work() {
+        use io_uring::{opcode, types};
+        let Ok(home) = uring::Home::build() else { return };
+        let mut ring = home.take();
+        let open = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/dev/null".as_ptr()).build();
+        // SAFETY: the path is static.
+        unsafe { ring.submission().push(&open) }.unwrap();
+        ring.submit_and_wait(1).unwrap();
+        assert_eq!(ring.completion().next().unwrap().result(), -libc::EACCES);
     }
 }

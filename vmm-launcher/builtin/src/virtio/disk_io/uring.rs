@@ -1,19 +1,53 @@
 //! The engine on io_uring: one system call for all that a pass over a queue brings.
+//!
+//! A ring does its work past the filter of system calls. So it is made before there is a filter, can do nothing but what a
+//! disk needs, and serves one driver after the other: no thread that has submitted to the filter can make another.
 
 use std::{
     fs::File,
     io,
     os::fd::{AsRawFd, RawFd},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
-use io_uring::{EnterFlags, IoUring, opcode, squeue::Entry, types};
+use io_uring::{EnterFlags, IoUring, opcode, register::Restriction, squeue::Entry, types};
 
 use super::{Completion, Engine, IoVectors, MAX_IN_FLIGHT, Operation, PUNCH_HOLE, ZERO_RANGE};
 use crate::memory::GuestMemory;
 
+/// Where a ring is between two drivers. It is there once, and not at all after one that the kernel did not take all
+/// operations of.
+#[derive(Clone)]
+pub struct Home(Arc<Mutex<Option<IoUring>>>);
+
+impl Home {
+    /// A new ring, which may do nothing else than [`Uring`] has it do.
+    ///
+    /// # Errors
+    /// When the kernel refuses it, or is older than Linux 5.10.
+    pub fn build() -> io::Result<Self> {
+        let ring = IoUring::builder().setup_r_disabled().build(MAX_IN_FLIGHT as u32)?;
+        let operations = [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
+        ring.submitter().register_restrictions(&mut operations.map(Restriction::sqe_op))?;
+        ring.submitter().register_enable_rings()?;
+        Ok(Self(Arc::new(Mutex::new(Some(ring)))))
+    }
+
+    /// The ring itself.
+    #[cfg(test)]
+    pub fn take(&self) -> IoUring {
+        self.exchange(None).expect("nobody has taken it")
+    }
+
+    fn exchange(&self, ring: Option<IoUring>) -> Option<IoUring> {
+        std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), ring)
+    }
+}
+
 pub struct Uring {
-    ring: IoUring,
+    /// `None` only while it is dropped.
+    ring: Option<IoUring>,
+    home: Home,
     file: Arc<File>,
     /// Keeps mapped what the operations read and write.
     memory: GuestMemory,
@@ -24,13 +58,14 @@ pub struct Uring {
 }
 
 impl Uring {
-    pub fn new(file: Arc<File>, memory: GuestMemory) -> io::Result<Self> {
-        let ring = IoUring::new(MAX_IN_FLIGHT as u32)?;
-        // Of Linux 5.6, as `IORING_OP_FALLOCATE` is; that the kernel copies the vectors at submission is older.
-        if !ring.params().is_feature_rw_cur_pos() {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel's io_uring is older than Linux 5.6"));
-        }
-        Ok(Self { ring, file, memory, vectors: Vec::new(), in_flight: 0 })
+    /// With the ring that is at `home`, if there is one.
+    pub fn new(home: &Home, file: Arc<File>, memory: GuestMemory) -> Option<Self> {
+        let ring = Some(home.exchange(None)?);
+        Some(Self { ring, home: home.clone(), file, memory, vectors: Vec::new(), in_flight: 0 })
+    }
+
+    fn ring(&mut self) -> &mut IoUring {
+        self.ring.as_mut().expect("it has its ring until it is dropped")
     }
 
     fn entry(&mut self, operation: Operation<'_>) -> io::Result<Entry> {
@@ -68,15 +103,15 @@ impl Engine for Uring {
         let entry = self.entry(operation)?.user_data(token);
         // SAFETY: the vectors are kept until the kernel has copied them, and `memory` keeps what they point to mapped until
         // the operation has completed, which `drop` waits for; `file` is open as long.
-        unsafe { self.ring.submission().push(&entry) }.map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
+        unsafe { self.ring().submission().push(&entry) }.map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
         self.in_flight += 1;
         Ok(())
     }
 
     fn submit(&mut self) -> io::Result<()> {
         // More than once only where the kernel rejects one of them: it stops there.
-        while !self.ring.submission().is_empty() {
-            match self.ring.submit() {
+        while !self.ring().submission().is_empty() {
+            match self.ring().submit() {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
                 _ => {}
             }
@@ -86,25 +121,28 @@ impl Engine for Uring {
     }
 
     fn next_completion(&mut self) -> Option<Completion> {
-        let entry = self.ring.completion().next()?;
+        let entry = self.ring().completion().next()?;
         self.in_flight -= 1;
         Some(Completion::new(entry.user_data(), entry.result()))
     }
 
     /// The ring's own: unlike an eventfd it is not readable for what was already taken, and needs no read.
     fn descriptor(&self) -> RawFd {
-        self.ring.as_raw_fd()
+        self.ring.as_ref().map_or(-1, AsRawFd::as_raw_fd)
     }
 }
 
 impl Drop for Uring {
     fn drop(&mut self) {
-        let not_submitted = self.ring.submission().len();
+        let not_submitted = self.ring().submission().len();
         while self.in_flight > not_submitted {
             if self.next_completion().is_none() {
                 // SAFETY: without an argument the kernel reads nothing of ours. Interrupted, it is called again.
-                let _ = unsafe { self.ring.submitter().enter::<()>(0, 1, EnterFlags::GETEVENTS.bits(), None) };
+                let _ = unsafe { self.ring().submitter().enter::<()>(0, 1, EnterFlags::GETEVENTS.bits(), None) };
             }
         }
+        // The next driver must not carry out what is left of this one.
+        let ring = self.ring.take().filter(|_| not_submitted == 0);
+        self.home.exchange(ring);
     }
 }
