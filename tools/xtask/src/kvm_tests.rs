@@ -41,6 +41,9 @@ const REQUIRED: [&str; 2] = ["builtin", "qemu"];
 /// Guests of several processors, of every hypervisor.
 const SEVERAL_PROCESSORS: &str = "test(/^(life|sizes)::/) and test(/_processors_|::processors_|_cpus_/)";
 
+/// How many pods come and go, one after the other.
+const POD_CYCLES: &str = "50";
+
 /// One container with a second process.
 const SIGN_OF_LIFE: &str = "binary(end_to_end) and test(=lifecycle::exec_has_streams_and_an_exit_code_of_its_own)";
 
@@ -136,16 +139,17 @@ impl Batch {
     }
 }
 
-const BATCHES: [Batch; 17] = [
+const BATCHES: [Batch; 19] = [
     Batch::suite("every launcher: devices", "binary(launcher) and test(/^devices::/)"),
-    Batch::suite("every launcher: disks and integrity", "binary(launcher) and test(/^(disks|integrity)::/)"),
-    Batch::suite("every launcher: life", "binary(launcher) and test(/^(life|memory|sizes|snapshot)::/)"),
+    Batch::suite("every launcher: integrity", "binary(launcher) and test(/^integrity::/)"),
+    Batch::suite("every launcher: disks", "binary(launcher) and test(/^disks::/)"),
+    Batch::suite("every launcher: life", "binary(launcher) and test(/^(balloon|life|memory|sizes|snapshot)::/)"),
     Batch::suite("every launcher: several processors", "binary(launcher)").with_several_processors(),
-    // What is typed at other serial ports than our own does not always reach a guest in the emulated machine.
+    // What is typed at other hypervisors' serial ports has not always reached a guest in the emulated machine.
     Batch::suite(
         "every launcher: refusals and terminals",
         "binary(launcher) and test(/^(refusals|terminal)::/) and \
-         not (test(/::a_guest_in_a_pipe/) and not test(/::builtin::/))",
+         not (test(/::a_guest_in_a_pipe/) and not test(/::(builtin|qemu)::/))",
     ),
     Batch::suite("built-in VMM: a hundred VMs", "binary(launcher) and test(/^cycles::/)"),
     Batch::builtin(
@@ -159,6 +163,7 @@ const BATCHES: [Batch; 17] = [
         BatchGuest::Own,
     ),
     Batch::builtin("built-in VMM: several processors", "binary(end_to_end)", BatchGuest::Own).with_several_processors(),
+    Batch::builtin("built-in VMM: pods that come and go", "binary(end_to_end) and test(/^cycles::/)", BatchGuest::Own),
     Batch::builtin("built-in VMM: a compressed kernel", SIGN_OF_LIFE, BatchGuest::OwnCompressed),
     Batch::builtin("built-in VMM: Debian's kernel", "binary(end_to_end) and test(/^pod::/)", BatchGuest::Debian),
     Batch::qemu("QEMU with KVM: pods", "binary(end_to_end) and test(/^pod::/)", BatchGuest::Own),
@@ -331,6 +336,7 @@ impl Here<'_> {
         let Guest { kernel, initrd } = batch.guest.of(self.installation);
         command.env("TESTBED_KERNEL", kernel).env("TESTBED_INITRD", initrd);
         command.env("CAISSON_LAUNCHERS", &self.installation.programs).env("CAISSON_HYPERVISORS", &self.peers.folder);
+        command.env("TESTBED_CYCLES", POD_CYCLES);
         command.envs(results.map(|results| ("CAISSON_RESULTS", results)));
         run(&mut command)
     }

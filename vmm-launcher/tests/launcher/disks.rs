@@ -12,7 +12,7 @@ use caisson_protocol::{
 
 use crate::{
     fixture::{Backend, Images, Launcher, device, for_backend, for_each_backend, text},
-    integrity::{assert_all_arrived, ended, mib, request},
+    integrity::{assert_all_arrived, ended, little_mib, mib, request},
     pattern,
 };
 
@@ -37,10 +37,9 @@ fn disk(path: &Path, read_only: bool) -> Kind {
     Kind::Block(Block { path: text(path), read_only, ..Default::default() })
 }
 
-async fn disk_keeps_every_byte(backend: Backend, options: &str) {
+async fn disk_keeps_every_byte(backend: Backend, options: &str, mib: usize) {
     let Some(images) = Images::find() else { return };
     let launcher = Launcher::start(backend).await;
-    let mib = mib();
     let (question, answer) = (image(&images, "question", mib), image(&images, "answer", mib));
     pattern::write(&mut OpenOptions::new().write(true).open(&question).unwrap(), mib).unwrap();
     // Four quarters at once; one of them past the guest's page cache.
@@ -64,11 +63,11 @@ async fn disk_keeps_every_byte(backend: Backend, options: &str) {
 }
 
 async fn a_disk_keeps_every_byte(backend: Backend) {
-    disk_keeps_every_byte(backend, "").await;
+    disk_keeps_every_byte(backend, "", mib(backend)).await;
 }
 
 async fn a_disk_that_a_thread_serves_keeps_every_byte(backend: Backend) {
-    disk_keeps_every_byte(backend, "\nblock_io = \"thread\"").await;
+    disk_keeps_every_byte(backend, "\nblock_io = \"thread\"", little_mib()).await;
 }
 
 async fn a_disk_that_another_vm_writes_is_refused(backend: Backend) {

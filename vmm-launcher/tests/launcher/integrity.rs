@@ -1,6 +1,7 @@
 //! What goes through a guest's devices arrives as it was sent, under load and in both directions.
 //!
-//! `$CAISSON_TEST_MIB` says how much that is; 64 MiB each way unless it does.
+//! `$CAISSON_TEST_MIB` says how much that is. Unless it does: 128 MiB each way through our own disks, vsock and shared
+//! directories, and 64 MiB through what is others' or less of a part.
 
 use std::{
     env, fs,
@@ -30,14 +31,26 @@ for_backend!(qemu_only, Qemu, a_share_keeps_every_byte);
 for_backend!(cloud_hypervisor_only, CloudHypervisor, a_share_keeps_every_byte);
 for_backend!(builtin_only, Builtin, a_share_keeps_every_byte, a_share_of_the_vmm_itself_keeps_every_byte);
 
-/// How much goes each way, in MiB.
-pub fn mib() -> usize {
-    env::var("CAISSON_TEST_MIB").map_or(64, |mib| mib.parse().expect("CAISSON_TEST_MIB is a number"))
+/// How much goes each way, in MiB, through what is `backend`'s own.
+pub fn mib(backend: Backend) -> usize {
+    let usual = if backend == Backend::Builtin { 128 } else { LITTLE_MIB };
+    wanted_mib().unwrap_or(usual)
+}
+
+/// How much goes each way, in MiB, through the rest.
+pub fn little_mib() -> usize {
+    wanted_mib().unwrap_or(LITTLE_MIB)
+}
+
+const LITTLE_MIB: usize = 64;
+
+fn wanted_mib() -> Option<usize> {
+    env::var("CAISSON_TEST_MIB").ok().map(|mib| mib.parse().expect("CAISSON_TEST_MIB is a number"))
 }
 
 /// For moving [`mib`] several times through a guest that is emulated twice.
-fn limit() -> Duration {
-    LIMIT + Duration::from_secs(2) * mib() as u32
+fn limit(backend: Backend) -> Duration {
+    LIMIT + Duration::from_secs(2) * mib(backend) as u32
 }
 
 /// A VM that carries out `script` and then powers off. Its console goes to the log.
@@ -70,7 +83,7 @@ const LIBRARIES: [&str; 2] = ["/lib/x86_64-linux-gnu/libc.so.6", "/lib/x86_64-li
 
 /// How the VM ended, after as long as moving all that may take.
 pub async fn ended(launcher: &Launcher) -> WaitResponse {
-    match timeout(limit(), launcher.client.wait(no_deadline(), &WaitRequest::new())).await {
+    match timeout(limit(launcher.backend), launcher.client.wait(no_deadline(), &WaitRequest::new())).await {
         Ok(exit) => exit.unwrap(),
         Err(_) => panic!("the guest is not done; its console:\n{}", launcher.console().await),
     }
@@ -86,7 +99,7 @@ async fn share_keeps_every_byte(backend: Backend, options: &str) {
     let launcher = Launcher::start(backend).await;
     let shared = images.dir.path().join("shared");
     fs::create_dir(&shared).unwrap();
-    let mib = mib();
+    let mib = mib(backend);
     pattern::write(&mut File::create(shared.join("question")).unwrap(), mib).unwrap();
     let script = format!(
         "mount -t virtiofs share /mnt\n\
@@ -121,7 +134,7 @@ async fn vsock_keeps_every_byte(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let launcher = Launcher::start(backend).await;
     // Half of it by a connection that the host makes, half by one that the guest makes.
-    let mib = mib() / 2;
+    let mib = mib(backend) / 2;
     let vsock = Vsock { socket: text(&launcher.dir.path().join("vsock.sock")), ..Default::default() };
     let script = format!("guest-load vsock {PORT} {mib}");
     let request = request(&launcher, &images, &script, &[("vsock", Kind::Vsock(vsock))]);
@@ -168,7 +181,7 @@ async fn a_card_keeps_every_byte(backend: Backend) {
     ip(&["link", "set", "tap0", "up"]);
     let listener = TcpListener::bind("10.9.8.1:9").unwrap();
     let launcher = Launcher::start(backend).await;
-    let mib = mib();
+    let mib = little_mib();
     let net = Net { tap: "tap0".into(), mac: "02:00:00:00:12:34".into(), queue_pairs, ..Default::default() };
     let script = format!(
         "ip address add 10.9.8.2/24 dev eth0\n\
