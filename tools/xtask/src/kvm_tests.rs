@@ -288,11 +288,11 @@ fn run_in(host: &TestHost, batch: &Batch, task: &Task<'_>) -> Result<(String, Re
         }
     }
     match batch.processors {
-        Processors::One => bail!("{BOOTS} test hosts were not fit for the tests"),
-        Processors::Several => {
+        Processors::Several if tries == 0 => {
             eprintln!("    NOT RUN: {}: QEMU's own guests with several processors hang on this machine", batch.name);
             Ok((String::new(), Ok(())))
         }
+        _ => bail!("of {BOOTS} test hosts, {tries} were fit for the tests"),
     }
 }
 
