@@ -22,12 +22,9 @@ const MODULE_ORDER: &str = "/lib/modules/order";
 /// How many huge pages may be made when they are asked for.
 const HUGE_PAGES: &str = "/proc/sys/vm/nr_overcommit_hugepages";
 const MOST_HUGE_PAGES: &str = "1024";
-/// The scheduler's settings: Documentation/scheduler/sched-design-CFS.rst, kernel/sched/debug.c.
-const SCHEDULER: &str = "/sys/kernel/debug/sched";
-/// For how long a task may keep another one waiting, in nanoseconds. Linux has the last name since 6.6, and had the others
-/// until then.
-const TURN_NS: &str = "100000";
-const TURNS: [&str; 4] = ["latency_ns", "min_granularity_ns", "wakeup_granularity_ns", "base_slice_ns"];
+/// How long KVM waits for a guest to go on before it lets others have the processor. That is a loop of `pause` instructions,
+/// for which QEMU takes a thousand times as long as its clock of instructions thinks.
+const HALT_POLL_NS: &str = "/sys/module/kvm/parameters/halt_poll_ns";
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// Where the parts of the root are mounted in the initrd.
 const SYSTEM: &str = "/system";
@@ -95,23 +92,11 @@ pub fn prepare() -> Result<()> {
         fs::write(&control, format!("+{controller}")).with_context(|| format!("enable {controller} in {control}"))?;
     }
     fs::write(HUGE_PAGES, MOST_HUGE_PAGES).with_context(|| format!("write {HUGE_PAGES}"))?;
-    take_short_turns()?;
+    fs::write(HALT_POLL_NS, "0").with_context(|| format!("write {HALT_POLL_NS}"))?;
     sethostname("test-host").context("set the host's name")?;
     let loopback = Command::new("/usr/sbin/ip").args(["link", "set", "lo", "up"]).status();
     ensure!(loopback.context("execute ip")?.success(), "the loopback device cannot be set up");
     Ok(())
-}
-
-/// A guest's processor that waits for another one of its own executes `pause` all its turn long, and QEMU takes a
-/// thousand times as long for that as its instruction clock thinks.
-fn take_short_turns() -> Result<()> {
-    let set = |name: &str, value: &str| {
-        let path = format!("{SCHEDULER}/{name}");
-        fs::write(&path, value).with_context(|| format!("write {value} to {path}"))
-    };
-    set("features", "HRTICK")?;
-    let mut known = TURNS.into_iter().filter(|name| Path::new(SCHEDULER).join(name).exists());
-    known.try_for_each(|name| set(name, TURN_NS))
 }
 
 /// The device of the disk with that serial number.

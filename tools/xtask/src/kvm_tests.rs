@@ -67,8 +67,8 @@ struct Batch {
 enum Processors {
     /// The clock goes by the test host's work: no deadline passes because this machine is busy.
     One,
-    /// QEMU's clock of instructions would stand nearly still while a guest's processor waits for another one, so it is this
-    /// machine's. Now and then a test host boots in which guests' timers come late then, or never.
+    /// By that clock, guests of several processors now and then wait for each other for ever; by this machine's they do so
+    /// rarely.
     Several,
 }
 
