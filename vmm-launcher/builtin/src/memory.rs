@@ -1,12 +1,16 @@
 //! The guest's physical memory.
 
-use std::{fs::File, io, sync::Arc};
+use std::{fs, fs::File, io, sync::Arc};
 
 use caisson_protocol::vmm::VmConfig;
 use caisson_vmm_launcher::{Error, Result};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use rustix::{
+    fs::{Mode, OFlags, openat},
+    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen},
+};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
@@ -20,7 +24,8 @@ pub type GuestMemory = GuestMemoryMmap<()>;
 /// What memory is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pages {
-    /// Of the host's ordinary pages, each taken when the guest first touches it.
+    /// Of the host's ordinary pages, taken when the guest first touches them: many at a time where the host does that for
+    /// its own programs.
     Ordinary,
     /// Of the host's huge pages of 2 MiB, all kept for this guest from the start.
     Huge,
@@ -88,12 +93,15 @@ pub fn low_end(memory: &GuestMemory) -> u64 {
 }
 
 fn map(bytes: u64, pages: Pages) -> io::Result<GuestMemory> {
-    let (of_file, of_mapping) = match pages {
-        Pages::Ordinary => (MFdFlags::empty(), libc::MAP_NORESERVE),
+    let memfd = |flags| memfd_create("guest-memory", MFdFlags::MFD_CLOEXEC | flags).map(File::from);
+    let (file, of_mapping) = match pages {
+        Pages::Ordinary => {
+            let file = if host_joins_pages() { file_of_joined_pages().ok() } else { None };
+            (file.map_or_else(|| memfd(MFdFlags::empty()), Ok)?, libc::MAP_NORESERVE)
+        }
         // Without a reserve, a guest would be ended by SIGBUS when others have taken its pages.
-        Pages::Huge => (MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB, 0),
+        Pages::Huge => (memfd(MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB)?, 0),
     };
-    let file = File::from(memfd_create("guest-memory", MFdFlags::MFD_CLOEXEC | of_file)?);
     file.set_len(bytes)?;
     let file = Arc::new(file);
     let region = |start: u64, offset: u64, size: u64| {
@@ -108,6 +116,30 @@ fn map(bytes: u64, pages: Pages) -> io::Result<GuestMemory> {
         regions.push(region(HIGH_RAM, low, bytes - low)?);
     }
     GuestMemory::from_regions(regions).map_err(io::Error::other)
+}
+
+/// Whether programs of this host get huge pages without asking: Documentation/admin-guide/mm/transhuge.rst.
+fn host_joins_pages() -> bool {
+    let policy = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+    policy.is_ok_and(|policy| policy.contains("[always]"))
+}
+
+/// A file in memory like a memfd, which gets huge pages as a program's own memory does. The policy for memfds is a setting of
+/// its own, and commonly off; a file system of one's own has its own policy.
+///
+/// # Errors
+/// Without the right to mount.
+fn file_of_joined_pages() -> io::Result<File> {
+    let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&tmpfs, "huge", "always")?;
+    // The guest's memory has its own limit.
+    fsconfig_set_string(&tmpfs, "size", "0")?;
+    fsconfig_create(&tmpfs)?;
+    let attributes =
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let root = fsmount(&tmpfs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    // Nowhere mounted and without a name, it goes with its last user.
+    Ok(openat(root, c".", OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)?.into())
 }
 
 #[cfg(test)]
@@ -129,6 +161,18 @@ mod tests {
         assert_eq!(regions(&memory), [(0, 3 << 30), (4 << 30, 2 << 30)]);
         assert_eq!(memory.iter().map(|region| region.file_offset().unwrap().start()).collect::<Vec<_>>(), [0, 3 << 30]);
         assert_eq!(end(&memory), 6 << 30);
+    }
+
+    #[test]
+    fn joined_pages_are_of_a_file_that_two_mappings_share() {
+        // Only root may mount.
+        let Ok(file) = file_of_joined_pages() else { return };
+        file.set_len(4 << 20).unwrap();
+        let map = || MmapRegion::<()>::from_file(FileOffset::new(file.try_clone().unwrap(), 0), 4 << 20).unwrap();
+        let (one, other) = (map(), map());
+        use vm_memory::{Bytes, VolatileMemory};
+        one.as_volatile_slice().write_obj(7_u8, 0).unwrap();
+        assert_eq!(other.as_volatile_slice().read_obj::<u8>(0).unwrap(), 7);
     }
 
     #[test]
