@@ -26,7 +26,15 @@ pub(crate) fn prepare<H: Hypervisor>(vm: &mut VmConfig) -> Result<()> {
     for mib in [&mut vm.memory_mib, &mut vm.max_memory_mib] {
         *mib = mib.next_multiple_of(SIZE_MIB);
     }
-    enough(vm.memory_mib, Path::new(POOL))
+    can_take(vm.memory_mib)
+}
+
+/// Sees that there are enough of them for so much more memory, in MiB.
+///
+/// # Errors
+/// When there are too few; it says where more are reserved.
+pub fn can_take(memory_mib: u64) -> Result<()> {
+    enough(memory_mib, Path::new(POOL))
 }
 
 fn enough(memory_mib: u64, pool: &Path) -> Result<()> {

@@ -47,7 +47,7 @@ async fn a_confidential_guest_is_refused(backend: Backend) {
 }
 
 /// Reserved and not taken, or to be had beyond the reserve.
-fn free_huge_pages() -> u64 {
+pub fn free_huge_pages() -> u64 {
     let number = |name| -> u64 {
         let file = format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}");
         fs::read_to_string(file).unwrap_or_default().trim().parse().unwrap_or_default()
@@ -56,7 +56,7 @@ fn free_huge_pages() -> u64 {
 }
 
 /// Of process `pid`.
-fn huge_kib(pid: u32) -> u64 {
+pub fn huge_kib(pid: u32) -> u64 {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
     let lines = rollup.lines().filter(|line| line.contains("_Hugetlb:"));
     lines.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok()).sum()

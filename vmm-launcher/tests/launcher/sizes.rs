@@ -5,16 +5,20 @@ use std::{fs, path::PathBuf};
 use caisson_protocol::{
     deadline,
     status::{Code, Status},
-    vmm::{self, Console, ResizeMemoryRequest, ResizeVcpusRequest, device::Kind},
+    vmm::{self, Console, CreateRequest, ResizeMemoryRequest, ResizeVcpusRequest, device::Kind},
 };
 
-use crate::fixture::{Backend, Images, LIMIT, Launcher, device, for_backend, text};
+use crate::{
+    fixture::{Backend, Images, LIMIT, Launcher, device, for_backend, text},
+    memory::{free_huge_pages, huge_kib},
+};
 
 for_backend!(
     qemu,
     Qemu,
     processors_of_q35_come_and_go,
     memory_of_q35_comes_and_goes,
+    memory_that_comes_is_of_huge_pages_as_the_first_is,
     more_than_a_vm_was_made_for_is_refused,
     microvm_cannot_be_resized_and_says_so
 );
@@ -24,14 +28,20 @@ const Q35: &str = "\nmachine_type = \"q35\"";
 /// A guest that tells whenever its size changes.
 async fn growing(backend: Backend, images: &Images, options: &str) -> (Launcher, PathBuf) {
     let launcher = Launcher::start(backend).await;
+    let (request, log) = growing_request(&launcher, images, options);
+    launcher.create(&request).await.unwrap();
+    (launcher, log)
+}
+
+/// For such a guest, and where it tells.
+fn growing_request(launcher: &Launcher, images: &Images, options: &str) -> (CreateRequest, PathBuf) {
     let mut request = launcher.request(images, "grow");
     request.options += options;
     let log = launcher.dir.path().join("console.log");
     let vm = request.vm.as_mut().unwrap();
     (vm.max_vcpus, vm.max_memory_mib) = (3, 512);
     vm.devices = vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
-    launcher.create(&request).await.unwrap();
-    (launcher, log)
+    (request, log)
 }
 
 async fn resize_vcpus(launcher: &Launcher, vcpus: u32) -> Result<u32, Status> {
@@ -72,6 +82,23 @@ async fn memory_of_q35_comes_and_goes(backend: Backend) {
     assert_eq!(resize_memory(&launcher, 192).await, Ok(192));
     // After one of its larger sizes: it may be seen halfway.
     launcher.until_console_has(&log, &format!(" MiB\r\nguest: 1 processors, {usable} MiB")).await;
+}
+
+async fn memory_that_comes_is_of_huge_pages_as_the_first_is(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let (mut request, log) = growing_request(&launcher, &images, Q35);
+    request.vm.as_mut().unwrap().huge_pages = true;
+    let pid = match launcher.create(&request).await {
+        Ok(created) => created.pid,
+        Err(refusal) => return assert!(free_huge_pages() < 96, "{refusal}"),
+    };
+    launcher.boot().await.unwrap();
+    launcher.until_console_has(&log, " MiB").await;
+
+    let before_kib = huge_kib(pid);
+    assert_eq!(resize_memory(&launcher, 224).await, Ok(224));
+    assert!(huge_kib(pid) >= before_kib + (32 << 10), "{before_kib}, then {} KiB of huge pages", huge_kib(pid));
 }
 
 async fn more_than_a_vm_was_made_for_is_refused(backend: Backend) {

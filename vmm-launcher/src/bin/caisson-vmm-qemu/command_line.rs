@@ -31,8 +31,8 @@ const PLACE_MIB: u64 = 1024;
 #[derive(Debug)]
 pub struct CommandLine {
     machine_type: MachineType,
-    /// Whether other processes read and write the guest's memory.
-    shared_memory: bool,
+    /// Options of what memory comes from, where that is not simply QEMU's own.
+    memory_file: Option<String>,
     pub arguments: Vec<String>,
     pub descriptors: Vec<OwnedFd>,
 }
@@ -40,8 +40,9 @@ pub struct CommandLine {
 impl CommandLine {
     /// A machine without devices that waits before its first instruction.
     pub fn new(vm: &VmConfig, options: &Options, accelerator: Accelerator, shared_memory: bool) -> Self {
+        let memory_file = memory_file(shared_memory, vm.huge_pages);
         let mut line =
-            Self { machine_type: options.machine_type, shared_memory, arguments: Vec::new(), descriptors: Vec::new() };
+            Self { machine_type: options.machine_type, memory_file, arguments: Vec::new(), descriptors: Vec::new() };
         let mut machine = match options.machine_type {
             MachineType::Microvm => MICROVM.to_owned(),
             MachineType::Q35 => Q35.to_owned(),
@@ -50,11 +51,9 @@ impl CommandLine {
         line.push("-display", "none");
         line.push("-action", "panic=exit-failure");
         line.push("-sandbox", &options.seccomp_sandbox);
-        // A vhost-user backend is another process that reads and writes the guest's memory.
-        if shared_memory || vm.huge_pages {
-            let pages = if vm.huge_pages { format!(",hugetlb=on,hugetlbsize={SIZE_MIB}M") } else { String::new() };
+        if let Some(file) = line.memory_file.clone() {
             machine.push_str(",memory-backend=memory");
-            line.push("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on{pages}", vm.memory_mib));
+            line.push("-object", format!("memory-backend-memfd,id=memory,size={}M,{file}", vm.memory_mib));
         }
         line.push("-machine", machine);
         if options.machine_type == MachineType::Microvm {
@@ -90,7 +89,7 @@ impl CommandLine {
                 line.push("-m", format!("{}M{most}", vm.memory_mib));
                 let most = if vm.max_vcpus > vm.vcpus { format!(",maxcpus={}", vm.max_vcpus) } else { String::new() };
                 line.push("-smp", format!("{}{most}", vm.vcpus));
-                line.more_memory(room_mib);
+                line.more_memory(room_mib, vm.huge_pages);
             }
         }
         line
@@ -163,16 +162,18 @@ impl CommandLine {
     }
 
     /// A device that holds up to `room_mib` of memory, and nothing yet.
-    fn more_memory(&mut self, room_mib: u64) {
+    fn more_memory(&mut self, room_mib: u64, huge_pages: bool) {
         if room_mib == 0 {
             return;
         }
         let (id, block_mib) = (sizes::MEMORY_ID, sizes::MEMORY_BLOCK_MIB);
-        let (backend, share) = if self.shared_memory { ("memfd", ",share=on") } else { ("ram", "") };
-        self.push("-object", format!("memory-backend-{backend},id=memory-{id},size={room_mib}M,reserve=off{share}"));
+        let backend = self.memory_file.as_ref().map_or_else(|| "ram".to_owned(), |file| format!("memfd,{file}"));
+        self.push("-object", format!("memory-backend-{backend},id=memory-{id},size={room_mib}M,reserve=off"));
+        // Huge pages that are not there when the guest touches its memory would end QEMU.
+        let prealloc = if huge_pages { ",prealloc=on" } else { "" };
         self.push(
             "-device",
-            format!("virtio-mem-pci,id={id},memdev=memory-{id},requested-size=0,block-size={block_mib}M"),
+            format!("virtio-mem-pci,id={id},memdev=memory-{id},requested-size=0,block-size={block_mib}M{prealloc}"),
         );
     }
 
@@ -221,6 +222,12 @@ impl CommandLine {
         self.descriptors.push(fd);
         number
     }
+}
+
+/// A vhost-user backend is another process that reads and writes the guest's memory; huge pages come as a file too.
+fn memory_file(shared: bool, huge_pages: bool) -> Option<String> {
+    let pages = if huge_pages { format!(",hugetlb=on,hugetlbsize={SIZE_MIB}M") } else { String::new() };
+    (shared || huge_pages).then(|| format!("share=on{pages}"))
 }
 
 /// In MiB: what q35 keeps room for above the guest's first memory. It costs nothing until it is used.
@@ -273,6 +280,17 @@ mod tests {
         let line = CommandLine::new(&vm, &Options::default(), Accelerator::Tcg, false);
         assert!(value(&line, "-object").ends_with(",size=128M,share=on,hugetlb=on,hugetlbsize=2M"));
         assert!(value(&line, "-machine").ends_with(",memory-backend=memory"));
+    }
+
+    #[test]
+    fn memory_that_comes_later_is_of_huge_pages_too() {
+        let vm = VmConfig { vcpus: 1, memory_mib: 128, max_memory_mib: 256, huge_pages: true, ..Default::default() };
+        let options = Options { machine_type: MachineType::Q35, ..Default::default() };
+        let line = CommandLine::new(&vm, &options, Accelerator::Tcg, false).arguments.join(" ");
+        let pages = "share=on,hugetlb=on,hugetlbsize=2M";
+        let backend = format!("memory-backend-memfd,{pages},id=memory-more-memory,size=128M,reserve=off ");
+        assert!(line.contains(&backend), "{line}");
+        assert!(line.ends_with("requested-size=0,block-size=2M,prealloc=on"), "{line}");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::{sync::Mutex, time::Duration};
 
 use caisson_protocol::vmm::VmConfig;
-use caisson_vmm_launcher::{Error, Result, qmp::Qmp};
+use caisson_vmm_launcher::{Error, Result, huge_pages, qmp::Qmp};
 use serde_json::{Value, json};
 use tokio::{
     sync::broadcast::{Receiver, error::RecvError},
@@ -17,8 +17,8 @@ use crate::options::MachineType;
 pub const MEMORY_ID: &str = "more-memory";
 /// Its path in QEMU's tree of objects.
 const MEMORY_PATH: &str = "/machine/peripheral/more-memory";
-/// In MiB: what the device gives and takes at a time. With huge pages off it could be less, and nobody needs that.
-pub const MEMORY_BLOCK_MIB: u64 = 2;
+/// In MiB: what the device gives and takes at a time; a huge page is as large.
+pub const MEMORY_BLOCK_MIB: u64 = huge_pages::SIZE_MIB;
 /// A guest without a driver never takes what it is given; one with little free memory may not let go of it.
 const DEADLINE: Duration = Duration::from_secs(20);
 /// Hotplugged processors are called `vcpu-1`, `vcpu-2`, …
@@ -29,6 +29,7 @@ const MICROVM: &str = "QEMU's microvm keeps the size that it was made with; mach
 #[derive(Debug)]
 pub struct Sizes {
     machine_type: MachineType,
+    huge_pages: bool,
     /// What the VM was made with.
     first: Size,
     most: Size,
@@ -47,7 +48,7 @@ impl Sizes {
     pub fn of(vm: &VmConfig, machine_type: MachineType) -> Self {
         let first = Size { vcpus: vm.vcpus, memory_mib: vm.memory_mib };
         let most = Size { vcpus: vm.vcpus.max(vm.max_vcpus), memory_mib: vm.memory_mib.max(vm.max_memory_mib) };
-        Self { machine_type, first, most, now: Mutex::new(first) }
+        Self { machine_type, huge_pages: vm.huge_pages, first, most, now: Mutex::new(first) }
     }
 
     pub fn now(&self) -> Size {
@@ -98,6 +99,9 @@ impl Sizes {
             return Ok(least);
         }
         let more_mib = (wanted_mib - least).next_multiple_of(MEMORY_BLOCK_MIB).min(room_mib(least, most));
+        if self.huge_pages {
+            huge_pages::can_take((least + more_mib).saturating_sub(self.now().memory_mib))?;
+        }
         let mut events = qmp.events();
         request_memory(more_mib << 20, qmp).await?;
         let reached = async {
