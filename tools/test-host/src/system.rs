@@ -94,6 +94,10 @@ pub fn prepare() -> Result<()> {
     fs::write(HUGE_PAGES, MOST_HUGE_PAGES).with_context(|| format!("write {HUGE_PAGES}"))?;
     fs::write(HALT_POLL_NS, "0").with_context(|| format!("write {HALT_POLL_NS}"))?;
     sethostname("test-host").context("set the host's name")?;
+    // containerd gives pods on the host's network its own.
+    for (file, text) in [("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n"), ("/etc/resolv.conf", "")] {
+        fs::write(file, text).with_context(|| format!("write {file}"))?;
+    }
     let loopback = Command::new("/usr/sbin/ip").args(["link", "set", "lo", "up"]).status();
     ensure!(loopback.context("execute ip")?.success(), "the loopback device cannot be set up");
     Ok(())

@@ -8,12 +8,13 @@ use std::{
         Mutex,
         atomic::{AtomicU32, Ordering},
     },
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
 
 use crate::{
-    BUSYBOX, Capture, Configuration, Ctr, Hypervisor, Installation, Outcome, Recording, Scope, daemon::Daemon,
+    BUSYBOX, Capture, Configuration, Ctr, Hypervisor, Installation, Outcome, PAUSE, Recording, Scope, daemon::Daemon,
     leftovers::Baseline,
 };
 
@@ -22,6 +23,13 @@ pub const CAISSON: &str = "io.containerd.caisson.v2";
 /// The runtime that it is compared with. `TESTBED_RUNTIME=io.containerd.runc.v2` runs the tests of behaviour with it, which
 /// proves the tests.
 pub const RUNC: &str = "io.containerd.runc.v2";
+
+/// Where CRI keeps what is Kubernetes'.
+const CRI_NAMESPACE: &str = "k8s.io";
+/// The last that containerd logs before CRI answers. It also hears from then on of the images that others bring, logs
+/// that, and marks them as its own, which it hears and logs again: then a pod can use them.
+const CRI_SERVES: &str = "Start streaming server";
+const CRI_LIMIT: Duration = Duration::from_secs(20);
 
 /// A running containerd.
 #[derive(Debug)]
@@ -32,6 +40,7 @@ pub struct Containerd {
     daemon: Daemon,
     baseline: Baseline,
     runtime: String,
+    namespace: String,
     next_id: AtomicU32,
     /// Of the test that it was started for.
     recording: Mutex<Recording>,
@@ -59,19 +68,49 @@ impl Containerd {
     /// # Errors
     /// As for [`Self::start`].
     pub fn start_with(installation: &Installation, configuration: &Configuration) -> Result<Self> {
-        Scope::sweep_abandoned()?;
+        let containerd = Self::start_in(Scope::prepared()?, installation, configuration, &[])?;
+        containerd.import(&installation.archives.busybox)?;
+        Ok(containerd)
+    }
+
+    /// Starts one that serves Kubernetes' CRI on its socket, with a runtime handler for each of these configurations;
+    /// the first is also the one in force.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub fn start_for_pods(installation: &Installation, handlers: &[(&str, &Configuration)]) -> Result<Self> {
+        let scope = Scope::prepared()?;
+        for (handler, configuration) in handlers {
+            configuration.write(&scope.dir().join(format!("{handler}.toml")))?;
+        }
+        let names: Vec<_> = handlers.iter().map(|(handler, _)| *handler).collect();
+        let (_, first) = handlers.first().context("there is no handler")?;
+        let containerd = Self::start_in(scope, installation, first, &names)?;
+        // CRI serves a little later than the rest, and says so nowhere else.
+        containerd.log().wait_for(CRI_SERVES, CRI_LIMIT)?;
+        containerd.import(&installation.archives.busybox)?;
+        for image in [BUSYBOX, PAUSE] {
+            containerd.log().wait_for(&format!("ImageUpdate event &ImageUpdate{{Name:{image},"), CRI_LIMIT)?;
+        }
+        Ok(containerd)
+    }
+
+    fn start_in(
+        scope: Scope,
+        installation: &Installation,
+        configuration: &Configuration,
+        handlers: &[&str],
+    ) -> Result<Self> {
         let recording = Recording::begin(configuration.hypervisor().name(), configuration.hypervisor().program());
-        let scope = Scope::create()?;
         configuration.write(&scope.dir().join("configuration.toml"))?;
         let programs = installation.programs.clone();
-        let daemon = Daemon::start(&scope, &programs).or_else(|error| scope.clear().and(Err(error)))?;
+        let daemon = Daemon::start(&scope, &programs, handlers).or_else(|error| scope.clear().and(Err(error)))?;
         let baseline = Baseline::take(scope.clone(), daemon.pid())?;
         let runtime = env::var("TESTBED_RUNTIME").unwrap_or_else(|_| CAISSON.to_owned());
         let hypervisor = configuration.hypervisor().clone();
+        let namespace = if handlers.is_empty() { scope.name() } else { CRI_NAMESPACE.to_owned() };
         let (next_id, recording) = (AtomicU32::new(1), Mutex::new(recording));
-        let containerd = Self { scope, hypervisor, programs, daemon, baseline, runtime, next_id, recording };
-        containerd.import(&installation.archives.busybox)?;
-        Ok(containerd)
+        Ok(Self { scope, hypervisor, programs, daemon, baseline, runtime, namespace, next_id, recording })
     }
 
     /// Adds the images of an archive.
@@ -98,7 +137,7 @@ impl Containerd {
         // Its streams and mounts are seen by containerd only from the same mount namespace.
         let mut command = Command::new("nsenter");
         command.arg(format!("--target={}", self.daemon.pid())).args(["--mount", "--root"]);
-        command.arg("ctr").arg("--address").arg(self.scope.dir().join("c.sock"));
+        command.arg("ctr").arg("--address").arg(self.socket());
         command.arg("--namespace").arg(self.namespace()).args(arguments);
         Ctr::new(command)
     }
@@ -162,7 +201,12 @@ impl Containerd {
 
     /// The containerd namespace of everything in here.
     pub fn namespace(&self) -> String {
-        self.scope.name()
+        self.namespace.clone()
+    }
+
+    /// Where it serves gRPC, CRI too.
+    pub fn socket(&self) -> PathBuf {
+        self.scope.dir().join("c.sock")
     }
 
     /// What its sandboxes use, unless a container asks for another configuration.

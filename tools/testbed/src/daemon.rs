@@ -5,7 +5,7 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     os::{fd::AsRawFd, unix::net::UnixDatagram},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
     time::Duration,
@@ -17,14 +17,15 @@ use rustix::{
     process::{Pid, PidfdFlags, pidfd_open},
 };
 
-use crate::{Capture, Scope};
+use crate::{CAISSON, Capture, PAUSE, Scope};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// However this process ends, containerd ends with it.
 const END_WITH_PARENT: [&str; 3] = ["setpriv", "--pdeathsig", "KILL"];
-/// CRI wants a network; the file systems are not there; `opt` would write to /opt and `restart` restarts.
-const DISABLED_PLUGINS: [&str; 7] = [
-    "io.containerd.grpc.v1.cri",
+/// Kubernetes' interface; it wants a network.
+const CRI: &str = "io.containerd.grpc.v1.cri";
+/// The file systems are not there; `opt` would write to /opt and `restart` restarts.
+const DISABLED_PLUGINS: [&str; 6] = [
     "io.containerd.internal.v1.opt",
     "io.containerd.internal.v1.restart",
     "io.containerd.snapshotter.v1.aufs",
@@ -41,11 +42,13 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts it in a new mount namespace. `programs` comes first in its `PATH`.
+    /// Starts it in a new mount namespace. `programs` comes first in its `PATH`. With `handlers`, it serves Kubernetes'
+    /// CRI, with a runtime for each of them whose configuration is `<handler>.toml` in the scope's directory.
     ///
     /// # Errors
     /// When it does not become ready; the error has its last words.
-    pub fn start(scope: &Scope, programs: &Path) -> Result<Self> {
+    pub fn start(scope: &Scope, programs: &Path, handlers: &[&str]) -> Result<Self> {
+        fs::write(settings_file(scope), settings(scope.dir(), handlers)).context("write containerd's configuration")?;
         // Shims have their sockets in /run/containerd, whatever the configuration says.
         fs::create_dir_all("/run/containerd").context("make /run/containerd")?;
         let script = "mount -t tmpfs tmpfs /run/containerd && exec \"$@\"";
@@ -83,8 +86,7 @@ impl Daemon {
     /// `wrapper` is a command that executes its arguments.
     fn spawn(scope: &Scope, programs: &Path, wrapper: &[&str]) -> Result<Self> {
         let dir = scope.dir();
-        let (config, socket) = (dir.join("containerd.toml"), dir.join("ready.sock"));
-        fs::write(&config, settings(dir)).context("write containerd's configuration")?;
+        let (config, socket) = (settings_file(scope), dir.join("ready.sock"));
         // The socket of a predecessor.
         fs::remove_file(&socket).ok();
         let ready = UnixDatagram::bind(&socket).context("listen for containerd's readiness")?;
@@ -109,12 +111,37 @@ impl Daemon {
     }
 }
 
-fn settings(dir: &Path) -> String {
+fn settings_file(scope: &Scope) -> PathBuf {
+    scope.dir().join("containerd.toml")
+}
+
+fn settings(dir: &Path, handlers: &[&str]) -> String {
+    let mut disabled = DISABLED_PLUGINS.to_vec();
+    disabled.extend(handlers.is_empty().then_some(CRI));
     let dir = dir.display();
-    format!(
-        "version = 2\nroot = \"{dir}/root\"\nstate = \"{dir}/state\"\ndisabled_plugins = {DISABLED_PLUGINS:?}\n\
+    let settings = format!(
+        "version = 2\nroot = \"{dir}/root\"\nstate = \"{dir}/state\"\ndisabled_plugins = {disabled:?}\n\
          [grpc]\naddress = \"{dir}/c.sock\"\n[ttrpc]\naddress = \"{dir}/c.sock.ttrpc\"\n"
-    )
+    );
+    if handlers.is_empty() {
+        return settings;
+    }
+    let cri = format!(
+        "[plugins.\"{CRI}\"]\nsandbox_image = \"{PAUSE}\"\nrestrict_oom_score_adj = true\n\
+         netns_mounts_under_state_dir = true\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n\
+         [plugins.\"{CRI}\".cni]\nbin_dir = \"{dir}/cni/bin\"\nconf_dir = \"{dir}/cni/conf\"\n\
+         [plugins.\"{CRI}\".containerd]\ndefault_runtime_name = \"{}\"\n",
+        handlers[0]
+    );
+    let runtime = |handler: &&str| {
+        let table = format!("plugins.\"{CRI}\".containerd.runtimes.{handler}");
+        format!(
+            "[{table}]\nruntime_type = \"{CAISSON}\"\n\
+             pod_annotations = [\"io.caisson.*\", \"io.katacontainers.*\"]\n\
+             [{table}.options]\nConfigPath = \"{dir}/{handler}.toml\"\n"
+        )
+    };
+    [settings, cri].into_iter().chain(handlers.iter().map(runtime)).collect()
 }
 
 /// containerd says `READY=1` on `NOTIFY_SOCKET`, `sd_notify(3)`.

@@ -17,14 +17,16 @@ use crate::{
 
 /// A shell and its tools, as root.
 pub const BUSYBOX: &str = "caisson.test/busybox:latest";
-/// The same as user `app` (1000:1000, also in groups `data` 2000 and `logs` 2001), in its home /home/app.
+/// What Kubernetes' runtimes keep a pod's namespaces with: a program that does nothing.
+pub const PAUSE: &str = "caisson.test/pause:latest";
+/// The same as [`BUSYBOX`], but as user `app` (1000:1000, also in groups `data` 2000 and `logs` 2001), in its home /home/app.
 pub const BUSYBOX_APP: &str = "caisson.test/busybox-app:latest";
 /// Debian's nginx, which serves one page on port 80; `/bin/busybox` is there for a client.
 pub const NGINX: &str = "caisson.test/nginx:latest";
 
 const BUSYBOX_PROGRAM: &str = "/bin/busybox";
 /// Any change to how images are made must change this.
-const RECIPE: &[u8] = b"2";
+const RECIPE: &[u8] = b"3";
 
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
                       app:x:1000:1000:app:/home/app:/bin/sh\n\
@@ -38,7 +40,7 @@ const NGINX_PAGE: &str = "<h1>served from a pod of its own</h1>\n";
 /// The archives that `ctr images import` takes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Archives {
-    /// [`BUSYBOX`] and [`BUSYBOX_APP`].
+    /// [`BUSYBOX`], [`BUSYBOX_APP`] and [`PAUSE`].
     pub busybox: PathBuf,
     /// [`NGINX`].
     pub nginx: PathBuf,
@@ -71,7 +73,8 @@ fn make_busybox(archive: &Path) -> Result<()> {
     fs::write(rootfs.join("etc/motd"), "hello\n").context("write /etc/motd")?;
     let root = Image { name: BUSYBOX, rootfs: &rootfs, command: &["sh"], user: "", working_dir: "/" };
     let app = Image { name: BUSYBOX_APP, rootfs: &rootfs, command: &["sh"], user: "app", working_dir: "/home/app" };
-    write_archive(&[root, app], &mut create(archive)?)
+    let pause = Image { name: PAUSE, rootfs: &rootfs, command: &["sleep", "86400"], user: "", working_dir: "/" };
+    write_archive(&[root, app, pause], &mut create(archive)?)
 }
 
 fn make_nginx(archive: &Path) -> Result<()> {

@@ -37,7 +37,7 @@ pub use configuration::Configuration;
 pub use containerd::{CAISSON, Containerd, RUNC};
 pub use ctr::Ctr;
 pub use hypervisor::Hypervisor;
-pub use images::{Archives, BUSYBOX, BUSYBOX_APP, NGINX};
+pub use images::{Archives, BUSYBOX, BUSYBOX_APP, NGINX, PAUSE};
 pub use installation::{Guest, Installation};
 pub use kvm::Accelerator;
 pub use results::{Recording, TestResult, Verdict, version_of};

@@ -26,6 +26,15 @@ pub struct Scope {
 }
 
 impl Scope {
+    /// A new one, after those that others have abandoned are gone.
+    ///
+    /// # Errors
+    /// As for [`Self::sweep_abandoned`] and [`Self::create`].
+    pub(crate) fn prepared() -> Result<Self> {
+        Self::sweep_abandoned()?;
+        Self::create()
+    }
+
     /// Makes a directory and marks it as this process's.
     ///
     /// # Errors

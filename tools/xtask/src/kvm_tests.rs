@@ -159,7 +159,7 @@ const BATCHES: [Batch; 19] = [
     ),
     Batch::builtin(
         "built-in VMM: pods and sizes",
-        "binary(end_to_end) and test(/^(guest|pod|sizes)::/)",
+        "binary(end_to_end) and test(/^(cri|guest|pod|sizes)::/)",
         BatchGuest::Own,
     ),
     Batch::builtin("built-in VMM: several processors", "binary(end_to_end)", BatchGuest::Own).with_several_processors(),

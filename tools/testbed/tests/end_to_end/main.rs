@@ -5,6 +5,8 @@ mod block_rootfs;
 mod command;
 mod concurrency;
 mod crashes;
+mod cri;
+mod cri_client;
 mod cycles;
 mod errors;
 mod exit;
