@@ -66,6 +66,7 @@ const SHOW_DEADLINE: Duration = Duration::from_secs(10);
 /// What a hypervisor gets to see.
 #[derive(Debug, Default, Deserialize, Serialize)]
 pub struct Jail {
+    directories: Vec<PathBuf>,
     files: Vec<Shown>,
     configures_network: bool,
     parent: i32,
@@ -92,6 +93,11 @@ impl Jail {
     /// Shows `outside`, a file or directory, at `inside`. Devices are devices, also where they are not writable.
     pub fn show(&mut self, outside: impl Into<PathBuf>, inside: impl Into<PathBuf>, writable: bool) {
         self.files.push(Shown { outside: outside.into(), inside: inside.into(), writable });
+    }
+
+    /// Has an empty directory at `inside`, for what is shown later.
+    pub fn make_directory(&mut self, inside: impl Into<PathBuf>) {
+        self.directories.push(inside.into());
     }
 
     /// Lets the hypervisor change the interfaces of its network namespace.
@@ -188,7 +194,7 @@ pub fn obey() -> Option<ExitCode> {
 fn enter(jail: &Jail, mut command: impl Iterator<Item = String>) -> anyhow::Result<Infallible> {
     let program = command.next().context("\"jail\" needs a program")?;
     unshare(CloneFlags::CLONE_NEWNS).context("make a mount namespace for the hypervisor")?;
-    make_root(&jail.files)?;
+    make_root(&jail.directories, &jail.files)?;
     become_root().context("make the hypervisor's jail its root directory")?;
     become_user(jail).context("give the hypervisor a user of its own")?;
     // Forgotten by the kernel when the user changed.
@@ -197,13 +203,17 @@ fn enter(jail: &Jail, mut command: impl Iterator<Item = String>) -> anyhow::Resu
     Err(Command::new(&program).args(command).exec()).with_context(|| format!("execute {program} in its jail"))
 }
 
-fn make_root(files: &[Shown]) -> anyhow::Result<()> {
+fn make_root(directories: &[PathBuf], files: &[Shown]) -> anyhow::Result<()> {
     let nothing = None::<&str>;
     mount(nothing, "/", nothing, MsFlags::MS_PRIVATE | MsFlags::MS_REC, nothing).context("keep mounts to itself")?;
     mount(Some("tmpfs"), ROOT, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(ROOT_SIZE))
         .context("mount the hypervisor's root directory")?;
+    let in_root = |inside: &Path| Path::new(ROOT).join(inside.strip_prefix("/").unwrap_or(inside));
+    for directory in directories {
+        fs::create_dir_all(in_root(directory)).with_context(|| format!("make {}", directory.display()))?;
+    }
     for file in files {
-        let target = Path::new(ROOT).join(file.inside.strip_prefix("/").unwrap_or(&file.inside));
+        let target = in_root(&file.inside);
         make_target(&target, file.outside.is_dir())
             .and_then(|()| Ok(mount(Some(&file.outside), &target, nothing, MsFlags::MS_BIND, nothing)?))
             .and_then(|()| restrict(&target, file.writable))

@@ -28,6 +28,7 @@ pub mod process;
 pub mod qmp;
 pub mod tail;
 pub mod time_stamp;
+pub mod vfio;
 pub mod virtiofsd;
 pub mod vsock;
 

@@ -6,7 +6,7 @@ use caisson_protocol::vmm::{CreateRequest, Device, Net, VmConfig, device::Kind};
 
 use nix::net::if_::if_nametoindex;
 
-use crate::{Error, Result, huge_pages, hypervisor::Hypervisor, virtiofsd::CACHE_MODES};
+use crate::{Error, Result, huge_pages, hypervisor::Hypervisor, vfio, virtiofsd::CACHE_MODES};
 
 /// `Vsock.socket` leaves room for `_<port>` in a socket address, `unix(7)`.
 const MAX_VSOCK_PATH: usize = 96;
@@ -168,6 +168,7 @@ pub fn check_device(device: &Device) -> Result<()> {
             // Who needs the daemon looks at it.
             Ok(())
         }
+        Kind::Vfio(vfio) => vfio::check_address(&vfio.address),
         Kind::Pmem(pmem) => readable("pmem image", &pmem.path),
         Kind::Rng(rng) => readable("source of entropy", &rng.source),
         Kind::Console(console) => absolute("the console log", &console.log),

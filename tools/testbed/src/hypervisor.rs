@@ -53,7 +53,12 @@ impl Hypervisor {
             Self::BUILTIN => None,
             other => env::var_os(FOLDER).map(|folder| PathBuf::from(folder).join(other)),
         };
-        Self { name: name.to_owned(), program, guest: installation.guest.clone(), options: Vec::new() }
+        let mut guest = installation.guest.clone();
+        if name == "stratovirt" {
+            // It boots compressed kernels only.
+            guest.kernel.set_file_name("bzImage");
+        }
+        Self { name: name.to_owned(), program, guest, options: Vec::new() }
     }
 
     /// With another guest.

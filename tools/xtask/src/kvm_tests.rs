@@ -126,6 +126,11 @@ impl Batch {
         Self::of(name, tests, hypervisor, BatchGuest::Own)
     }
 
+    /// Another one's that boots a compressed kernel only.
+    const fn compressed_peer(name: &'static str, hypervisor: &'static str, tests: &'static str) -> Self {
+        Self::of(name, tests, hypervisor, BatchGuest::OwnCompressed)
+    }
+
     const fn qemu(name: &'static str, tests: &'static str, guest: BatchGuest) -> Self {
         Self { options: "accel=kvm", ..Self::of(name, tests, Hypervisor::QEMU, guest) }
     }
@@ -139,7 +144,7 @@ impl Batch {
     }
 }
 
-const BATCHES: [Batch; 19] = [
+const BATCHES: [Batch; 20] = [
     Batch::suite("every launcher: devices", "binary(launcher) and test(/^devices::/)"),
     Batch::suite("every launcher: integrity", "binary(launcher) and test(/^integrity::/)"),
     Batch::suite("every launcher: disks", "binary(launcher) and test(/^disks::/)"),
@@ -180,6 +185,7 @@ const BATCHES: [Batch; 19] = [
         "cloud-hypervisor",
         "binary(end_to_end) and test(/^block_rootfs::/)",
     ),
+    Batch::compressed_peer("StratoVirt: containers and pods", "stratovirt", PEERS_CONTAINERS),
 ];
 
 /// Runs all of it, here or in a test host.
@@ -327,9 +333,7 @@ impl Here<'_> {
     }
 
     fn run(&self, batch: &Batch, profile: &str, results: Option<&Path>) -> Result<()> {
-        // It boots no kernel of Debian's.
-        let found = self.peers.found.iter().filter(|name| **name != "stratovirt");
-        let required: Vec<&str> = REQUIRED.iter().chain(found).copied().collect();
+        let required: Vec<&str> = REQUIRED.iter().chain(&self.peers.found).copied().collect();
         let mut command = self.metadata.nextest(self.nextest, profile);
         command.args(["-E", &batch.filter()]).env("CAISSON_REQUIRED_BACKENDS", required.join(" "));
         command.env("TESTBED_HYPERVISOR", batch.hypervisor).env("TESTBED_OPTIONS", batch.options);

@@ -37,6 +37,12 @@ for_backend!(
     what_devices_do_is_counted
 );
 for_backend!(
+    stratovirt_only,
+    StratoVirt,
+    a_guest_of_stratovirt_finds_its_devices,
+    a_disk_of_stratovirt_is_filled_and_emptied
+);
+for_backend!(
     firecracker_only,
     Firecracker,
     a_disk_of_firecracker_is_filled_and_emptied,
@@ -125,28 +131,41 @@ async fn a_guest_of_cloud_hypervisor_finds_its_devices(backend: Backend) {
     finds_its_devices(backend, "").await;
 }
 
-/// Firecracker's disks are there from the start, and empty.
+async fn a_guest_of_stratovirt_finds_its_devices(backend: Backend) {
+    finds_its_devices(backend, "").await;
+}
+
 async fn a_disk_of_firecracker_is_filled_and_emptied(backend: Backend) {
+    a_disk_is_filled_and_emptied(backend, "spare_read_only_disks = 1\nspare_writable_disks = 1", "0 ").await;
+}
+
+async fn a_disk_of_stratovirt_is_filled_and_emptied(backend: Backend) {
+    a_disk_is_filled_and_emptied(backend, "", "0 0 0 ").await;
+}
+
+/// Its disks are there from the start, and empty; `others` stay so.
+async fn a_disk_is_filled_and_emptied(backend: Backend, options: &str, others: &str) {
     let Some(images) = Images::find() else { return };
     let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "watch-sizes");
-    request.options = "spare_read_only_disks = 1\nspare_writable_disks = 1".into();
+    request.options = options.into();
+    let (empty, filled) = (format!("guest: sizes 0 {others}"), format!("guest: sizes 8 {others}"));
     let log = launcher.dir.path().join("console.log");
     request.vm.as_mut().unwrap().devices =
         vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
     launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, "guest: sizes 0 0 ").await;
+    launcher.until_console_has(&log, &empty).await;
 
     let attach =
         AttachRequest { device: Some(device("late", disk(&images, "late", true))).into(), ..Default::default() };
     let attached = launcher.client.attach(deadline(LIMIT), &attach).await.unwrap();
     assert!(attached.device.address.starts_with("serial:"), "{attached}");
-    launcher.until_console_has(&log, "guest: sizes 8 0 ").await;
+    launcher.until_console_has(&log, &filled).await;
 
     let detach = DetachRequest { id: "late".into(), ..Default::default() };
     launcher.client.detach(deadline(LIMIT), &detach).await.unwrap();
-    launcher.until_console_has(&log, "guest: sizes 8 0 \r\nguest: sizes 0 0 ").await;
+    launcher.until_console_has(&log, &format!("{filled}\r\n{empty}")).await;
 }
 
 async fn a_shared_directory_cannot_be_had_with_firecracker(backend: Backend) {

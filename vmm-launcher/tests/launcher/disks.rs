@@ -7,7 +7,7 @@ use std::{
 
 use caisson_protocol::{
     status::Code,
-    vmm::{Block, device::Kind},
+    vmm::{Block, Pmem, device::Kind},
 };
 
 use crate::{
@@ -17,7 +17,12 @@ use crate::{
 };
 
 for_each_backend!(a_disk_keeps_every_byte);
-for_backend!(qemu_only, Qemu, a_disk_that_another_vm_writes_is_refused);
+for_backend!(
+    qemu_only,
+    Qemu,
+    a_disk_that_another_vm_writes_is_refused,
+    what_is_no_whole_number_of_huge_pages_is_no_memory_on_q35
+);
 for_backend!(
     builtin_only,
     Builtin,
@@ -116,4 +121,16 @@ async fn a_disk_loses_what_is_discarded(backend: Backend) {
     let content = fs::read(&path).unwrap();
     assert!(content[..1 << 20].iter().all(|&byte| byte == 0));
     assert!(content[1 << 20..(1 << 20) + 64].iter().any(|&byte| byte != 0));
+}
+
+async fn what_is_no_whole_number_of_huge_pages_is_no_memory_on_q35(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let path = image(&images, "odd", 3);
+    let pmem = Kind::Pmem(Pmem { path: text(&path), ..Default::default() });
+    let mut request = request(&launcher, &images, "", &[("odd", pmem)]);
+    request.options += "\nmachine_type = \"q35\"";
+    let status = launcher.create(&request).await.unwrap_err();
+    assert_eq!(status.code, Code::INVALID_ARGUMENT);
+    assert!(status.message.ends_with("not a multiple of 2 MiB; `truncate -s 4M` makes it one"), "{status}");
 }

@@ -12,7 +12,7 @@ use std::{
 use caisson_protocol::{
     deadline, listen, no_deadline,
     status::Status,
-    vmm::{self, CreateRequest, CreateResponse, Device, VmConfig, WaitResponse, device::Kind},
+    vmm::{self, CapabilitiesRequest, CreateRequest, CreateResponse, Device, VmConfig, WaitResponse, device::Kind},
     vmm_ttrpc::VmmClient,
 };
 use caisson_testbed::{Installation, Recording};
@@ -151,9 +151,6 @@ impl Backend {
             _ if !launcher.exists() => Err(format!("{} is not built", launcher.display())),
             Self::Qemu => Ok(()),
             Self::Builtin => kvm().clone(),
-            Self::StratoVirt if env::var_os(STRATOVIRT_KERNEL).is_none() => {
-                Err(format!("it boots no kernel of Debian's; ${STRATOVIRT_KERNEL} names none that it does"))
-            }
             Self::CloudHypervisor | Self::Firecracker | Self::StratoVirt => {
                 self.hypervisor().and_then(|_| kvm().clone())
             }
@@ -162,9 +159,17 @@ impl Backend {
 
     /// The one among `images` that it boots.
     pub fn kernel(self, images: &Images) -> PathBuf {
-        match (self, env::var_os(STRATOVIRT_KERNEL)) {
-            (Self::StratoVirt, Some(kernel)) => kernel.into(),
-            _ => images.kernel.clone(),
+        match self {
+            Self::StratoVirt => images.kernel.with_file_name("bzImage"),
+            Self::Qemu | Self::Builtin | Self::CloudHypervisor | Self::Firecracker => images.kernel.clone(),
+        }
+    }
+
+    /// What a VM needs that is to be paused.
+    pub fn pausable(self) -> &'static str {
+        match self {
+            Self::StratoVirt => "\nseccomp = false",
+            Self::Qemu | Self::Builtin | Self::CloudHypervisor | Self::Firecracker => "",
         }
     }
 
@@ -188,9 +193,6 @@ impl Backend {
 
 /// Names of backends that must not be passed over, where the test's caller knows that they can run.
 const REQUIRED: &str = "CAISSON_REQUIRED_BACKENDS";
-
-/// A bzImage for StratoVirt: with MPTable and virtio-mmio devices from the command line, which Debian's has not.
-const STRATOVIRT_KERNEL: &str = "CAISSON_STRATOVIRT_KERNEL";
 
 /// Whether KVM runs guests here.
 fn kvm() -> &'static Result<(), String> {
@@ -349,6 +351,12 @@ impl Launcher {
         };
         let options = self.backend.options();
         CreateRequest { run_dir: text(&self.run_dir()), vm: Some(vm).into(), options, ..Default::default() }
+    }
+
+    /// Asks what this hypervisor can do.
+    pub fn capabilities(&self) -> CapabilitiesRequest {
+        let hypervisor_path = self.backend.hypervisor().unwrap_or_default();
+        CapabilitiesRequest { hypervisor_path, ..Default::default() }
     }
 
     pub async fn create(&self, request: &CreateRequest) -> Result<CreateResponse, Status> {

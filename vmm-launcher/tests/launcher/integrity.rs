@@ -29,6 +29,7 @@ use crate::{
 for_each_backend!(vsock_keeps_every_byte, a_card_keeps_every_byte);
 for_backend!(qemu_only, Qemu, a_share_keeps_every_byte);
 for_backend!(cloud_hypervisor_only, CloudHypervisor, a_share_keeps_every_byte);
+for_backend!(stratovirt_only, StratoVirt, a_share_keeps_every_byte);
 for_backend!(builtin_only, Builtin, a_share_keeps_every_byte, a_share_of_the_vmm_itself_keeps_every_byte);
 
 /// How much goes each way, in MiB, through what is `backend`'s own.
@@ -129,8 +130,10 @@ async fn a_share_of_the_vmm_itself_keeps_every_byte(backend: Backend) {
     share_keeps_every_byte(backend, "\nfile_server = \"builtin\"").await;
 }
 
+/// Where the guest's program listens.
+pub const PORT: u32 = 2000;
+
 async fn vsock_keeps_every_byte(backend: Backend) {
-    const PORT: u32 = 2000;
     let Some(images) = Images::find() else { return };
     let launcher = Launcher::start(backend).await;
     // Half of it by a connection that the host makes, half by one that the guest makes.
@@ -143,6 +146,13 @@ async fn vsock_keeps_every_byte(backend: Backend) {
     launcher.boot().await.unwrap();
     launcher.until_console_has(&launcher.dir.path().join("console.log"), "guest: listening").await;
 
+    exchange_over_vsock(&guest, mib).await;
+
+    assert_all_arrived(&ended(&launcher).await);
+}
+
+/// `mib` each way by a connection that the host makes, and as much by one that the guest makes.
+pub async fn exchange_over_vsock(guest: &GuestVsock, mib: usize) {
     let mut to_guest = blocking(guest.port(PORT).connect().await.unwrap());
     let exchanged = to_guest.try_clone().unwrap();
     spawn_blocking(move || pattern::exchange(&exchanged, &exchanged, mib)).await.unwrap().unwrap();
@@ -158,8 +168,6 @@ async fn vsock_keeps_every_byte(backend: Backend) {
     .await
     .unwrap()
     .unwrap();
-
-    assert_all_arrived(&ended(&launcher).await);
 }
 
 /// The kernel does not tell apart what kind of socket it is.

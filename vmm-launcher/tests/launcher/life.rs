@@ -33,6 +33,7 @@ for_backend!(
     stop_ends_a_create_that_hangs_and_leaves_nothing,
     a_hypervisor_that_is_killed_is_told_with_the_signal
 );
+for_backend!(stratovirt_only, StratoVirt, a_pause_that_would_end_the_hypervisor_is_unimplemented);
 for_backend!(
     builtin_only,
     Builtin,
@@ -93,7 +94,9 @@ async fn a_panic_is_told_with_its_last_words(backend: Backend) {
 async fn a_paused_guest_goes_on_when_it_is_resumed(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let launcher = Launcher::start(backend).await;
-    launcher.create(&launcher.request(&images, "poweroff")).await.unwrap();
+    let mut request = launcher.request(&images, "poweroff");
+    request.options += backend.pausable();
+    launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
     launcher.client.pause(deadline(LIMIT), &vmm::PauseRequest::new()).await.unwrap();
     assert_eq!(launcher.state().await.state, VmState::PAUSED.into());
@@ -101,6 +104,24 @@ async fn a_paused_guest_goes_on_when_it_is_resumed(backend: Backend) {
     assert_eq!(Status::from(again), Status::new(Code::FAILED_PRECONDITION, "cannot pause a VM that is paused"));
     launcher.client.resume(deadline(LIMIT), &vmm::ResumeRequest::new()).await.unwrap();
     assert_eq!(launcher.wait().await.reason, ExitReason::GUEST_SHUTDOWN.into());
+}
+
+async fn a_pause_that_would_end_the_hypervisor_is_unimplemented(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let mut request = launcher.request(&images, "tick");
+    let log = launcher.dir.path().join("console.log");
+    request.vm.as_mut().unwrap().devices =
+        vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    launcher.create(&request).await.unwrap();
+    launcher.boot().await.unwrap();
+    let refusal = Status::from(launcher.client.pause(deadline(LIMIT), &vmm::PauseRequest::new()).await.unwrap_err());
+    assert_eq!(refusal.code, Code::UNIMPLEMENTED);
+    assert!(refusal.message.contains("seccomp = false"), "{refusal}");
+    launcher.until_console_has(&log, "guest: tick").await;
+    let able = launcher.client.capabilities(deadline(LIMIT), &launcher.capabilities()).await.unwrap();
+    assert_eq!(able.operations, Vec::<String>::new());
+    assert_eq!(able.missing["pause"], refusal.message);
 }
 
 async fn stop_ends_a_running_guest_and_may_be_called_again(backend: Backend) {
@@ -112,6 +133,7 @@ async fn stop_ends_a_running_guest_and_may_be_called_again(backend: Backend) {
     launcher.stop(Duration::ZERO).await;
     assert_eq!(launcher.wait().await.reason, ExitReason::STOPPED.into());
     assert_eq!(children(launcher.child.id().unwrap()), Vec::<u32>::new());
+    assert!(launcher.leftovers().is_empty());
 }
 
 async fn stop_without_a_vm_ends_it_before_it_is_made(backend: Backend) {

@@ -1,11 +1,16 @@
 //! What a call can get wrong, and that the answer says what to change.
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use caisson_protocol::{
     deadline,
     status::{Code, Status},
     vmm::{self, Block, CreateRequest, ExitReason, Fs, Net, VmConfig, Vsock, device::Kind},
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
 };
 
 use crate::fixture::{Backend, Images, LIMIT, Launcher, children, device, for_backend, for_each_backend, text};
@@ -14,18 +19,23 @@ for_each_backend!(
     an_unknown_option_is_refused_with_the_known_ones,
     a_kernel_that_is_none_is_refused,
     a_missing_hypervisor_is_named,
-    a_device_that_cannot_be_had_is_unimplemented,
     no_processor_is_refused,
     more_processors_than_can_be_had_are_refused,
     a_missing_disk_is_named,
     a_tap_that_does_not_exist_is_named,
     a_socket_path_that_is_too_long_is_refused,
     a_vm_is_not_booted_before_it_is_created,
-    a_vm_is_created_and_booted_once
+    a_vm_is_created_and_booted_once,
+    a_missing_initrd_is_named,
+    too_little_memory_is_refused,
+    two_devices_with_one_name_are_refused,
+    a_host_whose_kvm_is_broken_is_told
 );
 for_backend!(
     qemu_only,
     Qemu,
+    a_device_that_cannot_be_had_is_unimplemented,
+    a_device_of_the_host_that_is_not_there_is_named,
     a_machine_that_does_not_exist_is_refused_with_those_that_do,
     a_hypervisor_that_is_something_else_is_told_in_its_own_words,
     a_processor_feature_that_does_not_exist_is_told_in_qemus_words,
@@ -35,6 +45,7 @@ for_backend!(
 for_backend!(
     builtin_only,
     Builtin,
+    a_device_that_cannot_be_had_is_unimplemented,
     what_a_hypervisor_is_not_made_to_do_is_unimplemented_and_no_capability,
     another_program_cannot_be_the_hypervisor,
     memory_that_the_kernel_does_not_fit_in_is_refused,
@@ -42,6 +53,15 @@ for_backend!(
     a_truncated_initrd_is_told_by_the_guest,
     a_file_server_that_dies_is_told_in_its_own_words,
     a_share_that_the_vmm_serves_needs_no_file_server
+);
+
+for_backend!(cloud_hypervisor_only, CloudHypervisor, a_device_of_the_host_that_is_not_there_is_named);
+for_backend!(firecracker_only, Firecracker, a_device_that_cannot_be_had_is_unimplemented);
+for_backend!(
+    stratovirt_only,
+    StratoVirt,
+    a_device_that_cannot_be_had_is_unimplemented,
+    an_uncompressed_kernel_is_refused
 );
 
 /// The answer to a request that differs from a good one by `change`; afterwards the launcher has no children and no files.
@@ -122,9 +142,24 @@ async fn a_file_server_that_dies_is_told_in_its_own_words(backend: Backend) {
 }
 
 async fn a_device_that_cannot_be_had_is_unimplemented(backend: Backend) {
-    let vfio = Kind::Vfio(vmm::Vfio { address: "0000:41:00.0".into(), ..Default::default() });
-    let Some(status) = refusal(backend, |_, vm| vm.devices.push(device("gpu", vfio))).await else { return };
+    let Some(status) = refusal(backend, |_, vm| vm.devices.push(device("gpu", host_device()))).await else { return };
     assert_eq!(status.code, Code::UNIMPLEMENTED);
+}
+
+async fn a_device_of_the_host_that_is_not_there_is_named(backend: Backend) {
+    let change = |request: &mut CreateRequest, vm: &mut VmConfig| {
+        if backend == Backend::Qemu {
+            request.options += "\nmachine_type = \"q35\"";
+        }
+        vm.devices.push(device("gpu", host_device()));
+    };
+    let Some(status) = refusal(backend, change).await else { return };
+    assert_eq!(status, Status::new(Code::INVALID_ARGUMENT, "there is no PCI device ffff:41:00.0"));
+}
+
+/// On no machine.
+fn host_device() -> Kind {
+    Kind::Vfio(vmm::Vfio { address: "ffff:41:00.0".into(), ..Default::default() })
 }
 
 async fn a_vm_is_not_booted_before_it_is_created(backend: Backend) {
@@ -156,6 +191,59 @@ async fn what_a_hypervisor_is_not_made_to_do_is_unimplemented_and_no_capability(
     let able = launcher.client.capabilities(deadline(LIMIT), &vmm::CapabilitiesRequest::new()).await.unwrap();
     assert!(!able.operations.iter().any(|operation| operation == "resize-memory"));
     assert!(!able.accelerator_reason.is_empty());
+}
+
+async fn a_missing_initrd_is_named(backend: Backend) {
+    let Some(status) = refusal(backend, |_, vm| vm.initrd = "/nonexistent/initrd".into()).await else { return };
+    assert_eq!(status.message, "open the initrd /nonexistent/initrd: No such file or directory (os error 2)");
+}
+
+async fn too_little_memory_is_refused(backend: Backend) {
+    let Some(status) = refusal(backend, |_, vm| vm.memory_mib = 8).await else { return };
+    assert_eq!(status.code, Code::INVALID_ARGUMENT);
+    assert!(status.message.starts_with("8 MiB of memory cannot be had: 16 to "), "{status}");
+}
+
+async fn two_devices_with_one_name_are_refused(backend: Backend) {
+    let disk = || Kind::Block(Block { path: "/bin/sh".into(), read_only: true, ..Default::default() });
+    let change = |_: &mut CreateRequest, vm: &mut VmConfig| {
+        vm.devices.extend([device("data", disk()), device("data", disk())]);
+    };
+    let Some(status) = refusal(backend, change).await else { return };
+    assert_eq!(status, Status::new(Code::INVALID_ARGUMENT, "two devices are called \"data\""));
+}
+
+/// Its `/dev/kvm` is something else, for this thread and the launcher that it starts.
+async fn a_host_whose_kvm_is_broken_is_told(backend: Backend) {
+    if !Path::new("/dev/kvm").exists() {
+        return;
+    }
+    let nothing = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    mount(nothing, "/", nothing, MsFlags::MS_PRIVATE | MsFlags::MS_REC, nothing).unwrap();
+    mount(Some("/dev/null"), "/dev/kvm", nothing, MsFlags::MS_BIND, nothing).unwrap();
+    let change = |request: &mut CreateRequest, _: &mut VmConfig| {
+        if backend == Backend::Qemu {
+            request.options = "accel = \"kvm\"".into();
+        }
+    };
+    let Some(status) = refusal(backend, change).await else { return };
+    match backend {
+        // It asks for no more than it needs itself.
+        Backend::Builtin => assert!(status.message.starts_with("make a VM with /dev/kvm: "), "{status}"),
+        Backend::Qemu | Backend::CloudHypervisor | Backend::Firecracker | Backend::StratoVirt => {
+            assert_eq!(status.code, Code::INVALID_ARGUMENT);
+            assert!(status.message.contains("cannot be used on this machine: /dev/kvm "), "{status}");
+        }
+    }
+}
+
+async fn an_uncompressed_kernel_is_refused(backend: Backend) {
+    let Some(status) = refusal(backend, |_, vm| vm.kernel = vm.kernel.replace("bzImage", "vmlinux")).await else {
+        return;
+    };
+    assert_eq!(status.code, Code::INVALID_ARGUMENT);
+    assert!(status.message.ends_with("is a vmlinux; StratoVirt's microvm boots a bzImage"), "{status}");
 }
 
 async fn no_processor_is_refused(backend: Backend) {

@@ -5,22 +5,41 @@ use std::{fs, time::Duration};
 use caisson_protocol::{
     deadline,
     status::{Code, Status},
-    vmm::{Console, Fs, PauseRequest, RestoreRequest, ResumeRequest, SnapshotRequest, VmState, device::Kind},
+    vmm::{
+        Console, Fs, PauseRequest, Pmem, RestoreRequest, ResumeRequest, SnapshotRequest, VmState, Vsock, device::Kind,
+    },
 };
 
-use crate::fixture::{Backend, Images, LIMIT, Launcher, children, device, for_backend, text};
+use crate::{
+    fixture::{Backend, Images, LIMIT, Launcher, children, device, for_backend, text},
+    integrity::{self, PORT, assert_all_arrived, ended, exchange_over_vsock},
+};
 
 for_backend!(
     qemu,
     Qemu,
     a_restored_guest_of_microvm_goes_on_where_it_was,
     a_restored_guest_of_q35_goes_on_where_it_was,
+    a_guest_with_hybrid_vsock_is_not_saved,
+    a_guest_with_a_pmem_image_is_not_saved,
     a_running_guest_is_not_saved,
     a_guest_with_a_shared_folder_is_not_saved,
     what_is_no_snapshot_is_refused
 );
-for_backend!(cloud_hypervisor, CloudHypervisor, a_restored_guest_goes_on_where_it_was);
-for_backend!(firecracker, Firecracker, a_restored_guest_goes_on_where_it_was);
+for_backend!(
+    cloud_hypervisor,
+    CloudHypervisor,
+    a_restored_guest_goes_on_where_it_was,
+    a_restored_guest_is_reached_by_its_new_vsock
+);
+for_backend!(
+    firecracker,
+    Firecracker,
+    a_restored_guest_goes_on_where_it_was,
+    a_restored_guest_is_reached_by_its_new_vsock
+);
+for_backend!(stratovirt, StratoVirt, no_guest_is_saved);
+for_backend!(builtin, Builtin, no_guest_is_saved);
 
 async fn a_restored_guest_goes_on_where_it_was(backend: Backend) {
     goes_on_where_it_was(backend, "").await;
@@ -69,6 +88,86 @@ async fn goes_on_where_it_was(backend: Backend, options: &str) {
 
     second.until_console_has(&log, "guest: tick").await;
     assert!(!fs::read_to_string(log).unwrap().contains("guest: up"));
+}
+
+/// Who listened in the guest still does.
+async fn a_restored_guest_is_reached_by_its_new_vsock(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let snapshot = images.dir.path().join("snapshot");
+    fs::create_dir(&snapshot).unwrap();
+    let first = Launcher::start(backend).await;
+    let script = format!("guest-load vsock {PORT} 1");
+    let request = integrity::request(&first, &images, &script, &[("vsock", vsock(&first))]);
+    first.create(&request).await.unwrap();
+    first.boot().await.unwrap();
+    first.until_console_has(&first.dir.path().join("console.log"), "guest: listening").await;
+    first.client.pause(deadline(LIMIT), &PauseRequest::new()).await.unwrap();
+    let directory = SnapshotRequest { directory: text(&snapshot), ..Default::default() };
+    first.client.snapshot(deadline(LIMIT), &directory).await.unwrap();
+    first.stop(Duration::ZERO).await;
+
+    let second = Launcher::start(backend).await;
+    let mut vm = request.vm.unwrap();
+    let log = text(&second.dir.path().join("console.log"));
+    vm.devices =
+        vec![device("console", Kind::Console(Console { log, ..Default::default() })), device("vsock", vsock(&second))];
+    let restore = RestoreRequest {
+        run_dir: text(&second.run_dir()),
+        directory: text(&snapshot),
+        vm: Some(vm).into(),
+        options: request.options,
+        ..Default::default()
+    };
+    let restored = second.client.restore(deadline(LIMIT), &restore).await.unwrap();
+    second.client.resume(deadline(LIMIT), &ResumeRequest::new()).await.unwrap();
+
+    exchange_over_vsock(&restored.devices[1].address.parse().unwrap(), 1).await;
+    assert_all_arrived(&ended(&second).await);
+}
+
+/// Where the host has a vsock of its own, the guest gets that one.
+async fn a_guest_with_hybrid_vsock_is_not_saved(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let mut request = launcher.request(&images, "sleep");
+    request.vm.as_mut().unwrap().devices = vec![device("vsock", vsock(&launcher))];
+    let created = launcher.create(&request).await.unwrap();
+    if !created.devices[0].address.starts_with("hvsock:") {
+        return;
+    }
+    let status = refusal(&launcher, &images).await;
+    assert_eq!(status.code, Code::UNIMPLEMENTED);
+    assert!(status.message.contains("load the module vhost_vsock"), "{status}");
+}
+
+fn vsock(launcher: &Launcher) -> Kind {
+    Kind::Vsock(Vsock { socket: text(&launcher.dir.path().join("vsock.sock")), ..Default::default() })
+}
+
+async fn a_guest_with_a_pmem_image_is_not_saved(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let path = images.dir.path().join("memory");
+    fs::File::create(&path).unwrap().set_len(2 << 20).unwrap();
+    let mut request = launcher.request(&images, "sleep");
+    request.options += "\nmachine_type = \"q35\"";
+    request.vm.as_mut().unwrap().devices =
+        vec![device("memory", Kind::Pmem(Pmem { path: text(&path), ..Default::default() }))];
+    launcher.create(&request).await.unwrap();
+    let status = refusal(&launcher, &images).await;
+    assert_eq!(status.code, Code::UNIMPLEMENTED);
+    assert!(status.message.starts_with("a VM with a pmem image cannot be saved: "), "{status}");
+}
+
+async fn no_guest_is_saved(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    launcher.create(&launcher.request(&images, "sleep")).await.unwrap();
+    let status = refusal(&launcher, &images).await;
+    assert_eq!(
+        status,
+        Status::new(Code::UNIMPLEMENTED, format!("a snapshot is not supported with {}", backend.name()))
+    );
 }
 
 async fn a_running_guest_is_not_saved(backend: Backend) {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::bench::{
     memory::{AGENT, Sizes},
     pod::Pod,
-    run::Options,
+    run::Subject,
     stages::{Stages, median},
     table::table,
     work::Work,
@@ -62,6 +62,17 @@ pub struct Report {
     budgets: Vec<Budget>,
 }
 
+/// What was measured of one hypervisor.
+pub struct Measured {
+    /// The pod that is not counted.
+    pub first: Pod,
+    /// Those that are.
+    pub pods: Vec<Pod>,
+    pub memory: Sizes,
+    pub image: Sizes,
+    pub work: Work,
+}
+
 /// A measurement and its limit.
 #[derive(Serialize)]
 struct Budget {
@@ -74,10 +85,12 @@ struct Budget {
 
 impl Report {
     /// Takes the medians.
-    pub fn of(options: &Options, first: &Pod, pods: &[Pod], memory: Sizes, image: Sizes, work: Work) -> Self {
+    pub fn of(subject: &Subject, counts_instructions: bool, measured: Measured) -> Self {
+        let Measured { first, pods, memory, image, work } = measured;
+        let pods = &pods;
         let mut report = Self {
-            hypervisor: options.hypervisor.clone(),
-            machine_type: options.machine_type.clone(),
+            hypervisor: subject.hypervisor.clone(),
+            machine_type: subject.machine_type.clone(),
             pods: pods.len(),
             cold_total: first.total,
             total: of_pods(pods, |pod| pod.total),
@@ -94,7 +107,7 @@ impl Report {
         };
         let concerns =
             |name: &str| name.strip_prefix(LAUNCHER).is_none_or(|hypervisor| hypervisor == report.hypervisor);
-        let limit = |name: &str, limit: f64| if name == TOTAL && options.place.prepared { INSTRUCTIONS } else { limit };
+        let limit = |name: &str, limit: f64| if name == TOTAL && counts_instructions { INSTRUCTIONS } else { limit };
         let budgets = BUDGETS.iter().filter(|(name, ..)| concerns(name));
         report.budgets = budgets.map(|(name, most, unit)| report.judge(name, limit(name, *most), unit)).collect();
         report
@@ -106,13 +119,16 @@ impl Report {
         Ok(())
     }
 
+    /// Whose it is.
+    fn name(&self) -> String {
+        let machine = self.machine_type.as_deref().map(|name| format!(" {name}")).unwrap_or_default();
+        format!("{}{machine}", self.hypervisor)
+    }
+
     /// For people.
     pub fn print_tables(&self) -> Result<()> {
-        let machine = self.machine_type.as_deref().map(|name| format!(" ({name})")).unwrap_or_default();
-        println!(
-            "\n{}{machine}, median of {} warm pods; the cold one took {:.0} ms\n",
-            self.hypervisor, self.pods, self.cold_total
-        );
+        let (name, pods, cold) = (self.name(), self.pods, self.cold_total);
+        println!("\n{name}, median of {pods} warm pods; the cold one took {cold:.0} ms\n");
         let mut times = table(&["stage", "ms"]);
         times.add_row([TOTAL.to_owned(), format!("{:.1}", self.total)]);
         for (name, value) in [("first output", self.first_output), ("busy", self.busy), ("idle", self.idle)] {
@@ -159,21 +175,66 @@ impl Report {
     }
 }
 
+/// The times of all of them side by side, in milliseconds, and the memory of their processes.
+pub fn print_comparison(reports: &[Report]) {
+    let names: Vec<String> = reports.iter().map(Report::name).collect();
+    let header: Vec<&str> = ["ms"].into_iter().chain(names.iter().map(String::as_str)).collect();
+    let mut times = table(&header);
+    let value = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
+    let mut add = |name: String, values: Vec<Option<f64>>| {
+        times.add_row([name].into_iter().chain(values.into_iter().map(value)));
+    };
+    add(TOTAL.to_owned(), reports.iter().map(|report| Some(report.total)).collect());
+    add("- first output".to_owned(), reports.iter().map(|report| Some(report.first_output)).collect());
+    for (prefix, stages) in STAGES {
+        for name in names_of(reports.iter().map(stages)) {
+            let of = |report| stages(report).iter().find(|(stage, _)| *stage == name).map(|(_, value)| *value);
+            add(format!("{prefix}{name}"), reports.iter().map(of).collect());
+        }
+    }
+    println!("\n{times}\n");
+
+    let mut sizes = table(&[&["MB"], &header[1..]].concat());
+    let total = |report: &Report| {
+        report.memory.iter().filter(|(name, _)| name.as_str() != AGENT).map(|(_, bytes)| bytes).sum::<u64>()
+    };
+    let row = reports.iter().map(|report| format!("{:.1}", total(report) as f64 / MB));
+    sizes.add_row(["all processes of an idle pod on the host".to_owned()].into_iter().chain(row));
+    println!("{sizes}");
+}
+
+/// One part of a report's stages.
+type PartOf = fn(&Report) -> &Stages;
+
+/// The parts of the comparison, each with how the names of its rows begin.
+const STAGES: [(&str, PartOf); 3] = [
+    ("- ", |report| &report.outside),
+    ("shim, create: ", |report| &report.start),
+    ("shim, end: ", |report| &report.end),
+];
+
+/// Each stage's name once, in the order of the first that has it.
+fn names_of<'a>(all: impl Iterator<Item = &'a Stages>) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for (name, _) in all.flatten() {
+        if !names.contains(name) {
+            names.push(name.clone());
+        }
+    }
+    names
+}
+
 fn of_pods(pods: &[Pod], value: fn(&Pod) -> f64) -> f64 {
     median(pods.iter().map(value)).unwrap_or_default()
 }
 
 /// The median of each stage, in the order of the first pod that has it.
 fn medians(pods: &[Pod], stages: impl Fn(&Pod) -> &Stages) -> Stages {
-    let mut names: Vec<&String> = Vec::new();
-    for (name, _) in pods.iter().flat_map(&stages) {
-        if !names.contains(&name) {
-            names.push(name);
-        }
-    }
-    let value = |name: &String| {
-        let values = pods.iter().flat_map(&stages).filter(|(stage, _)| stage == name).map(|(_, value)| *value);
-        Some((name.clone(), median(values)?))
+    let names = names_of(pods.iter().map(&stages));
+    let value = |name: String| {
+        let values = pods.iter().flat_map(&stages).filter(|(stage, _)| *stage == name).map(|(_, value)| *value);
+        let median = median(values)?;
+        Some((name, median))
     };
     names.into_iter().filter_map(value).collect()
 }

@@ -24,7 +24,7 @@ use caisson_vmm_launcher::{
     kernel, kvm, metrics,
     options::{describe, parse},
     process::{Ended, Process, Streams},
-    request,
+    request, vfio,
     virtiofsd::{Virtiofsd, any_failed, connected_listener},
     vm::exit,
 };
@@ -90,7 +90,13 @@ impl Hypervisor for CloudHypervisor {
             operations: words(&["pause", "snapshot", "resize-vcpus", "resize-memory"]),
             ..Default::default()
         };
-        able.missing.insert("vfio".into(), "the launcher's jail shows no devices of the host yet".into());
+        match vfio::available() {
+            Ok(()) => {
+                able.devices.push("vfio".into());
+                able.hotplug.push("vfio".into());
+            }
+            Err(why) => drop(able.missing.insert("vfio".into(), why)),
+        }
         able.missing.insert("tdx".into(), "Cloud Hypervisor has given it up".into());
         able.missing.insert("sev-snp".into(), "the launcher gives the guest no measured image yet".into());
         match kvm::probe_aside().await {
@@ -109,8 +115,16 @@ impl Hypervisor for CloudHypervisor {
         let landlock = uses_landlock(options.landlock)?;
         let configuration = Configuration::of(vm, &options, landlock, run_dir)?;
         let started = start(run_dir, vm, &options, Jail::default()).await?;
-        let created = started.api.create(&configuration.body).await;
-        started.into_created(created, vm, configuration.devices, audience).await
+        let attached = Attached::default();
+        let created = async {
+            started.api.create(&configuration.body).await?;
+            for device in vm.devices.iter().filter(|device| matches!(device.kind, Some(Kind::Vfio(_)))) {
+                attached.attach(device, started.process.pid(), &started.run_dir, &started.api).await?;
+            }
+            Ok(())
+        };
+        let created = created.await;
+        started.into_created(created, vm, configuration.devices, attached, audience).await
     }
 
     async fn restore(request: &RestoreRequest, audience: Audience) -> Result<Created<Self>> {
@@ -128,7 +142,7 @@ impl Hypervisor for CloudHypervisor {
         jail.show(&request.directory, SNAPSHOT, false);
         let started = start(run_dir, vm, &options, jail).await?;
         let restored = started.api.restore(SNAPSHOT).await;
-        started.into_created(restored, vm, devices, audience).await
+        started.into_created(restored, vm, devices, Attached::default(), audience).await
     }
 
     async fn boot(&self) -> Result<()> {
@@ -303,6 +317,7 @@ impl Started {
         done: Result<()>,
         vm: &VmConfig,
         devices: Vec<GuestDevice>,
+        attached: Attached,
         audience: Audience,
     ) -> Result<Created<CloudHypervisor>> {
         // A file server that dies explains a VM that could not be.
@@ -323,7 +338,7 @@ impl Started {
             api,
             events,
             console,
-            attached: Attached::default(),
+            attached,
             file_servers: Mutex::new(file_servers),
             run_dir,
             size: Mutex::new(Size { memory_mib: vm.memory_mib, vcpus: vm.vcpus }),

@@ -6,11 +6,11 @@ use caisson_protocol::{
     address::HYBRID_CID,
     vmm::{Device, GuestDevice, VmConfig, device::Kind},
 };
-use caisson_vmm_launcher::{Error, Result, huge_pages::SIZE_MIB, jail::Jail, request};
+use caisson_vmm_launcher::{Error, Result, huge_pages::SIZE_MIB, jail::Jail, request, vfio};
 use serde_json::{Value, json};
 
 use crate::{
-    layout::{self, DISKS, IMAGE, INITRD, KERNEL, SERIAL, SNAPSHOT, VSOCK},
+    layout::{self, FILLED_LATER, IMAGE, INITRD, KERNEL, SERIAL, VSOCK},
     options::Options,
 };
 
@@ -57,9 +57,8 @@ impl Configuration {
             body["payload"]["initramfs"] = INITRD.into();
         }
         if landlock {
-            // For what is shown later.
-            let rules = [DISKS, SNAPSHOT, layout::RUN].map(|path| json!({ "path": path, "access": "rw" }));
-            body["landlock_rules"] = rules.to_vec().into();
+            let allowed = FILLED_LATER.iter().chain(&[layout::RUN]);
+            body["landlock_rules"] = allowed.map(|path| json!({ "path": path, "access": "rw" })).collect();
         }
         if !vm.image.is_empty() {
             push(&mut body, "disks", disk("image", IMAGE, true));
@@ -94,6 +93,7 @@ pub fn hotpluggable(device: &Device) -> Result<(&'static str, Value)> {
             let queue = FS_QUEUE_SIZE;
             Ok(("fs", json!({ "id": id, "tag": fs.tag, "socket": socket, "num_queues": 1, "queue_size": queue })))
         }
+        Kind::Vfio(vfio) => Ok(("devices", json!({ "id": id, "path": layout::host_device(&vfio.address) }))),
         other => {
             let kind = request::kind_name(other);
             Err(Error::Unsupported(format!("attaching a {kind} device is not supported with cloud-hypervisor")))
@@ -118,7 +118,8 @@ pub fn address(device: &Device, run_dir: &Path) -> Result<String> {
 /// Shows `vm`'s own files to Cloud Hypervisor.
 pub fn show(vm: &VmConfig, run_dir: &Path, jail: &mut Jail) {
     jail.show(run_dir, layout::RUN, true);
-    for device in ["/dev/kvm", "/dev/net/tun", "/dev/urandom"] {
+    FILLED_LATER.iter().for_each(|directory| jail.make_directory(*directory));
+    for device in ["/dev/kvm", "/dev/net/tun", "/dev/urandom", vfio::CONTAINER] {
         if Path::new(device).exists() {
             jail.show(device, device, true);
         }
@@ -153,9 +154,8 @@ fn add(body: &mut Value, device: &Device) -> Result<()> {
         Kind::Rng(rng) => body["rng"] = json!({ "src": rng.source }),
         // The serial port, which every guest has.
         Kind::Console(_) => {}
-        Kind::Vfio(_) => {
-            return Err(Error::Unsupported("a vfio device is not supported with Cloud Hypervisor yet".into()));
-        }
+        // Landlock's rules for one that is there from the start would be those for another path: it comes before the boot.
+        Kind::Vfio(_) => {}
         _ => {
             let (list, device) = hotpluggable(device)?;
             push(body, list, device);
@@ -258,8 +258,10 @@ mod tests {
     }
 
     #[test]
-    fn a_device_of_the_host_is_unsupported() {
-        let vm = with(vec![("gpu", Kind::Vfio(Vfio::default()))]);
-        assert!(matches!(of(&vm), Err(Error::Unsupported(_))));
+    fn a_device_of_the_host_comes_after_landlocks_rules() {
+        let vm = with(vec![("gpu", Kind::Vfio(Vfio { address: "0000:41:00.0".into(), ..Default::default() }))]);
+        assert_eq!(of(&vm).unwrap().body["devices"], Value::Null);
+        let (list, body) = hotpluggable(&vm.devices[0]).unwrap();
+        assert_eq!((list, body["path"].as_str()), ("devices", Some("/sys/bus/pci/devices/0000:41:00.0")));
     }
 }

@@ -4,7 +4,11 @@
 use std::{collections::HashMap, path::Path, sync::Mutex, time::Duration};
 
 use caisson_protocol::vmm::{Device, GuestDevice, device::Kind};
-use caisson_vmm_launcher::{Error, Result, jail, virtiofsd::Virtiofsd};
+use caisson_vmm_launcher::{
+    Error, Result, jail,
+    vfio::{self, HostDevice},
+    virtiofsd::Virtiofsd,
+};
 use tokio::{
     sync::broadcast::{Receiver, error::RecvError},
     time::timeout,
@@ -27,8 +31,8 @@ pub struct Attached(Mutex<HashMap<String, HostSide>>);
 /// What a device has on the host's side, from before it is attached until after it was detached.
 #[derive(Debug, Default)]
 struct HostSide {
-    /// Where Cloud Hypervisor sees its file.
-    shown: Option<String>,
+    /// Where Cloud Hypervisor sees its files.
+    shown: Vec<String>,
     file_server: Option<Virtiofsd>,
 }
 
@@ -40,12 +44,18 @@ impl Attached {
             return Err(Error::Invalid(format!("a device is attached as \"{}\" already", device.id)));
         }
         let host_side = HostSide::make(device, jailed, run_dir).await?;
-        if let Err(refusal) = api.add(list, &body).await {
-            host_side.end(jailed).await?;
-            return Err(refusal);
-        }
+        let place = match api.add(list, &body).await {
+            Ok(place) => place,
+            Err(refusal) => {
+                host_side.end(jailed).await?;
+                return Err(refusal);
+            }
+        };
         self.lock().insert(device.id.clone(), host_side);
-        let address = configuration::address(device, &run_dir.path(""))?;
+        let address = match (&device.kind, place) {
+            (Some(Kind::Vfio(_)), Some(place)) => format!("pci:{place}"),
+            _ => configuration::address(device, &run_dir.path(""))?,
+        };
         Ok(GuestDevice { id: device.id.clone(), address, ..Default::default() })
     }
 
@@ -108,20 +118,37 @@ impl HostSide {
                 let file_server = Virtiofsd::listen(fs, &run_dir.fs_socket(&device.id))?;
                 return Ok(Self { file_server: Some(file_server), ..Self::default() });
             }
+            Some(Kind::Vfio(vfio)) => return Self::of_host_device(&HostDevice::find(&vfio.address)?, jailed).await,
             _ => return Ok(Self::default()),
         };
         let inside = layout::disk(&device.id);
         jail::show(jailed, Path::new(path), Path::new(&inside), writable).await?;
-        Ok(Self { shown: Some(inside), ..Self::default() })
+        Ok(Self { shown: vec![inside], ..Self::default() })
+    }
+
+    async fn of_host_device(device: &HostDevice, jailed: u32) -> Result<Self> {
+        vfio::let_pin_memory(jailed)?;
+        let mut host_side = Self::default();
+        let sysfs = layout::host_device(&device.address);
+        // The group is where it is on the host.
+        let group = device.group.display().to_string();
+        for (outside, inside, writable) in [(&device.sysfs, sysfs, false), (&device.group, group, true)] {
+            if let Err(error) = jail::show(jailed, outside, Path::new(&inside), writable).await {
+                host_side.end(jailed).await?;
+                return Err(error);
+            }
+            host_side.shown.push(inside);
+        }
+        Ok(host_side)
     }
 
     async fn end(self, jailed: u32) -> Result<()> {
         if let Some(file_server) = self.file_server {
             file_server.end().await;
         }
-        match self.shown {
-            Some(inside) => jail::hide(jailed, Path::new(&inside)).await,
-            None => Ok(()),
+        for inside in self.shown {
+            jail::hide(jailed, Path::new(&inside)).await?;
         }
+        Ok(())
     }
 }

@@ -14,7 +14,15 @@ pub const INITRD: &str = "/initrd";
 pub const IMAGE: &str = "/image";
 /// Holds a disk or pmem image for each device, by its id.
 pub const DISKS: &str = "/disks";
-pub const SNAPSHOT: &str = "/snapshot";
+/// Holds [`SNAPSHOT`] while there is one.
+pub const SNAPSHOTS: &str = "/snapshots";
+pub const SNAPSHOT: &str = "/snapshots/this";
+/// Holds the IOMMU groups of devices of the host.
+pub const GROUPS: &str = "/dev/vfio";
+/// Holds the sysfs directories of devices of the host, by their addresses.
+pub const HOST_DEVICES: &str = "/sys/bus/pci/devices";
+/// What may be filled while the VM runs.
+pub const FILLED_LATER: [&str; 4] = [DISKS, SNAPSHOTS, GROUPS, HOST_DEVICES];
 
 /// In the run directory.
 pub const VSOCK: &str = "vsock.sock";
@@ -28,6 +36,11 @@ pub fn in_run(name: &str) -> String {
 /// The disk `id`, as Cloud Hypervisor sees it.
 pub fn disk(id: &str) -> String {
     format!("{DISKS}/{id}")
+}
+
+/// The device of the host at `address`, as Cloud Hypervisor sees it.
+pub fn host_device(address: &str) -> String {
+    format!("{HOST_DEVICES}/{address}")
 }
 
 /// Where the file server `id` listens, in the run directory.

@@ -2,8 +2,8 @@
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use caisson_protocol::vmm::{Balloon, Block, Net, VmConfig};
-use caisson_vmm_launcher::{guest_vsock::GuestVsock, huge_pages::SIZE_MIB};
+use caisson_protocol::vmm::{Balloon, Block, Net, Pmem, VmConfig, device::Kind};
+use caisson_vmm_launcher::{Error, Result, guest_vsock::GuestVsock, huge_pages::SIZE_MIB};
 
 use crate::{
     accelerator::Accelerator,
@@ -23,6 +23,9 @@ const MICROVM_FIRMWARE: &str = "qboot.rom";
 
 /// Everything that TCG emulates except a fifth level of page tables: a walk of one less makes booting 5 % quicker.
 const TCG_CPU: &str = "max,la57=off";
+
+/// Linux maps persistent memory in huge pages, in bytes.
+const PMEM_BLOCK: u64 = 2 << 20;
 
 /// A device that is memory to the guest has its place at a multiple of this, in MiB.
 const PLACE_MIB: u64 = 1024;
@@ -82,7 +85,7 @@ impl CommandLine {
             }
             MachineType::Q35 => {
                 let room_mib = room_mib(vm.memory_mib, vm.max_memory_mib);
-                let most = match place_mib(room_mib) {
+                let most = match place_mib(room_mib) + pmem_places_mib(vm) {
                     0 => String::new(),
                     place_mib => format!(",maxmem={}M", vm.memory_mib + place_mib),
                 };
@@ -177,10 +180,48 @@ impl CommandLine {
         );
     }
 
+    /// What the guest writes to a file that is `read_only` stays in memory of its own.
+    ///
+    /// # Errors
+    /// When the machine has no place for it, or Linux would not take it.
+    pub fn pmem(&mut self, id: &str, pmem: &Pmem) -> Result<()> {
+        if self.machine_type == MachineType::Microvm {
+            return Err(Error::Unsupported(
+                "QEMU's microvm has no place for pmem images; machine_type = \"q35\" has".into(),
+            ));
+        }
+        let bytes = std::fs::metadata(&pmem.path).map_or(0, |metadata| metadata.len());
+        if bytes == 0 || !bytes.is_multiple_of(PMEM_BLOCK) {
+            return Err(Error::Invalid(format!(
+                "the pmem image {} has {bytes} bytes, which is not a multiple of 2 MiB; `truncate -s {}M` makes it one",
+                pmem.path,
+                bytes.max(1).next_multiple_of(PMEM_BLOCK) >> 20
+            )));
+        }
+        let (share, path) = (if pmem.read_only { "off" } else { "on" }, escape(&pmem.path));
+        self.push("-object", format!("memory-backend-file,id=pmem-{id},mem-path={path},size={bytes},share={share}"));
+        self.push("-device", format!("virtio-pmem-pci,id={id},memdev=pmem-{id}"));
+        Ok(())
+    }
+
     /// Instead of a boot. Answers what the VM is to be read from.
     pub fn incoming(&mut self, saved: Saved) -> String {
         self.push("-incoming", "defer");
         format!("fd:{}", self.inherit(saved.into_fd()))
+    }
+
+    /// `host` is a PCI address of the host.
+    ///
+    /// # Errors
+    /// When the machine has no PCI.
+    pub fn vfio(&mut self, id: &str, host: &str) -> Result<()> {
+        if self.machine_type == MachineType::Microvm {
+            return Err(Error::Unsupported(
+                "QEMU's microvm has no PCI for devices of the host; machine_type = \"q35\" has".into(),
+            ));
+        }
+        self.push("-device", format!("vfio-pci,id={id},host={host}"));
+        Ok(())
     }
 
     pub fn rng(&mut self, id: &str, source: &str) {
@@ -233,6 +274,15 @@ fn memory_file(shared: bool, huge_pages: bool) -> Option<String> {
 /// In MiB: what q35 keeps room for above the guest's first memory. It costs nothing until it is used.
 fn place_mib(room_mib: u64) -> u64 {
     if room_mib > 0 { room_mib.next_multiple_of(PLACE_MIB) + PLACE_MIB } else { 0 }
+}
+
+/// In MiB: where `vm`'s pmem images are.
+fn pmem_places_mib(vm: &VmConfig) -> u64 {
+    let images = vm.devices.iter().filter_map(|device| match &device.kind {
+        Some(Kind::Pmem(pmem)) => Some(std::fs::metadata(&pmem.path).map_or(0, |metadata| metadata.len())),
+        _ => None,
+    });
+    images.map(|bytes| place_mib(bytes >> 20)).sum()
 }
 
 /// A comma in a value is written twice, `qemu(1)`.

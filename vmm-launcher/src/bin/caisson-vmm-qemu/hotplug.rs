@@ -5,7 +5,7 @@
 use std::{collections::HashMap, sync::Mutex, time::Duration};
 
 use caisson_protocol::vmm::{Device, device::Kind};
-use caisson_vmm_launcher::{Error, Result, qmp::Qmp, request};
+use caisson_vmm_launcher::{Error, Result, qmp::Qmp, request, vfio::HostDevice};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
@@ -30,9 +30,11 @@ struct Devices {
 #[derive(Clone, Debug)]
 struct Attached {
     slot: u8,
-    /// How QEMU forgets the host's side of the device.
-    forget: (&'static str, Value),
+    /// How QEMU forgets the host's side of the device, if it has one of its own.
+    forget: Option<Forget>,
 }
+
+type Forget = (&'static str, Value);
 
 /// The slot's name as a bus.
 pub fn bus(slot: u8) -> String {
@@ -56,14 +58,19 @@ impl Slots {
     /// Adds `device`, and answers where the guest finds it.
     pub async fn attach(&self, device: &Device, qmp: &Qmp) -> Result<String> {
         let id = device.id.as_str();
+        self.may_be_filled()?;
         let Parts { add, forget, mut device_add, address } = parts(device)?;
         let slot = self.take(id, &forget)?;
         device_add["id"] = id.into();
         device_add["bus"] = bus(slot).into();
         let attached = async {
-            qmp.execute(add.0, add.1).await?;
+            if let Some((command, arguments)) = add {
+                qmp.execute(command, arguments).await?;
+            }
             if let Err(error) = qmp.execute("device_add", device_add).await {
-                qmp.execute(forget.0, forget.1).await?;
+                if let Some((command, arguments)) = forget {
+                    qmp.execute(command, arguments).await?;
+                }
                 return Err(error);
             }
             Ok(address)
@@ -105,17 +112,23 @@ impl Slots {
                 )));
             }
         }
-        qmp.execute(attached.forget.0, attached.forget.1).await?;
+        if let Some((command, arguments)) = attached.forget {
+            qmp.execute(command, arguments).await?;
+        }
         self.give_back(id);
         Ok(())
     }
 
-    fn take(&self, id: &str, forget: &(&'static str, Value)) -> Result<u8> {
-        if self.machine_type == MachineType::Microvm {
-            return Err(Error::Unsupported(
+    fn may_be_filled(&self) -> Result<()> {
+        match self.machine_type {
+            MachineType::Q35 => Ok(()),
+            MachineType::Microvm => Err(Error::Unsupported(
                 "QEMU's microvm takes no devices while it runs; machine_type = \"q35\" does".into(),
-            ));
+            )),
         }
+    }
+
+    fn take(&self, id: &str, forget: &Option<Forget>) -> Result<u8> {
         let devices = &mut *self.devices.lock().expect("nobody panics with the slots");
         if devices.attached.contains_key(id) {
             return Err(Error::Invalid(format!("a device is attached as \"{id}\" already")));
@@ -137,8 +150,8 @@ impl Slots {
 
 /// What makes and ends a device: its host's side, and then its guest's side.
 struct Parts {
-    add: (&'static str, Value),
-    forget: (&'static str, Value),
+    add: Option<(&'static str, Value)>,
+    forget: Option<Forget>,
     device_add: Value,
     address: String,
 }
@@ -151,8 +164,8 @@ fn parts(device: &Device) -> Result<Parts> {
             let file = json!({ "driver": block_driver(&block.path), "filename": block.path });
             let add = json!({ "driver": "raw", "node-name": node, "read-only": block.read_only, "file": file });
             Ok(Parts {
-                add: ("blockdev-add", add),
-                forget: ("blockdev-del", json!({ "node-name": node })),
+                add: Some(("blockdev-add", add)),
+                forget: Some(("blockdev-del", json!({ "node-name": node }))),
                 device_add: json!({ "driver": "virtio-blk-pci", "drive": node, "serial": id }),
                 address: format!("serial:{id}"),
             })
@@ -165,8 +178,13 @@ fn parts(device: &Device) -> Result<Parts> {
                 add["queues"] = net.queue_pairs.into();
                 device_add["mq"] = true.into();
             }
-            let forget = ("netdev_del", json!({ "id": netdev }));
-            Ok(Parts { add: ("netdev_add", add), forget, device_add, address: String::new() })
+            let forget = Some(("netdev_del", json!({ "id": netdev })));
+            Ok(Parts { add: Some(("netdev_add", add)), forget, device_add, address: String::new() })
+        }
+        Kind::Vfio(vfio) => {
+            let host = HostDevice::find(&vfio.address)?.address;
+            let device_add = json!({ "driver": "vfio-pci", "host": host });
+            Ok(Parts { add: None, forget: None, device_add, address: String::new() })
         }
         other => {
             let kind = request::kind_name(other);
@@ -179,8 +197,8 @@ fn parts(device: &Device) -> Result<Parts> {
 mod tests {
     use super::*;
 
-    fn forget() -> (&'static str, Value) {
-        ("blockdev-del", json!({}))
+    fn forget() -> Option<Forget> {
+        Some(("blockdev-del", json!({})))
     }
 
     #[test]
@@ -208,6 +226,6 @@ mod tests {
     #[test]
     fn microvm_names_the_machine_that_can() {
         let slots = Slots::new(MachineType::Microvm, 0);
-        assert!(matches!(slots.take("a", &forget()), Err(Error::Unsupported(why)) if why.contains("q35")));
+        assert!(matches!(slots.may_be_filled(), Err(Error::Unsupported(why)) if why.contains("q35")));
     }
 }

@@ -22,6 +22,7 @@ use caisson_vmm_launcher::{
     qmp::Qmp,
     request,
     time_stamp::Moment,
+    vfio::HostDevice,
     virtiofsd::{Virtiofsd, any_failed},
     vm::exit,
     vsock::VsockBackend,
@@ -71,8 +72,8 @@ const DRIVERS: &[(&str, &str)] = &[
 const MISSING: &[(&str, &str)] = &[
     ("block-hotplug", "microvm takes no devices while it runs; machine_type = \"q35\" does"),
     ("net-hotplug", "microvm takes no devices while it runs; machine_type = \"q35\" does"),
-    ("pmem", "the launcher gives QEMU none yet"),
-    ("vfio", "the launcher gives QEMU none of the host's devices yet"),
+    ("pmem", "microvm has no place for pmem images; machine_type = \"q35\" has"),
+    ("vfio", "microvm has no PCI for devices of the host; machine_type = \"q35\" has"),
     ("resize-vcpus", "microvm keeps the number that it was made with; machine_type = \"q35\" does not"),
     ("resize-memory", "microvm keeps what it was made with; machine_type = \"q35\" does not"),
     ("tdx", "the launcher starts no confidential guests yet"),
@@ -301,18 +302,30 @@ async fn start_with(
         slots: Slots::new(options.machine_type, options.hotplug_slots),
         sizes: Sizes::of(vm, options.machine_type),
         run_dir: request.run_dir.clone().into(),
-        unsaveable: unsaveable(vm),
+        unsaveable: unsaveable(vm, helpers.vsock.is_some()),
     };
     Ok(Created { hypervisor, devices })
 }
 
-/// Why `vm` cannot be saved.
-fn unsaveable(vm: &VmConfig) -> Option<String> {
-    vm.devices.iter().find(|device| matches!(device.kind, Some(Kind::Fs(_)))).map(|device| {
-        format!(
+/// Why `vm`, which may have our own vsock device, cannot be saved.
+fn unsaveable(vm: &VmConfig, has_hybrid_vsock: bool) -> Option<String> {
+    if has_hybrid_vsock {
+        return Some(
+            "a VM with hybrid vsock cannot be saved: the launcher's vsock device keeps no record of the memory that it \
+             writes, which QEMU needs; load the module vhost_vsock, so that there is a /dev/vhost-vsock"
+                .into(),
+        );
+    }
+    vm.devices.iter().find_map(|device| match device.kind {
+        Some(Kind::Fs(_)) => Some(format!(
             "a VM that shares a folder cannot be saved: QEMU does not save what virtiofsd knows of \"{}\"",
             device.id
-        )
+        )),
+        Some(Kind::Pmem(_)) => Some(format!(
+            "a VM with a pmem image cannot be saved: when it is restored, QEMU would write the image of \"{}\" as it was",
+            device.id
+        )),
+        _ => None,
     })
 }
 
@@ -415,6 +428,15 @@ fn add(device: &Device, run_dir: &Path, line: &mut CommandLine, helpers: &mut He
             line.rng(id, &rng.source);
             Ok(String::new())
         }
+        Kind::Pmem(pmem) => {
+            line.pmem(id, pmem)?;
+            Ok(String::new())
+        }
+        Kind::Vfio(vfio) => {
+            line.vfio(id, &vfio.address)?;
+            HostDevice::find(&vfio.address)?;
+            Ok(String::new())
+        }
         // The first serial port, which every guest has.
         Kind::Console(_) => Ok(String::new()),
         other => {
@@ -427,6 +449,6 @@ fn add(device: &Device, run_dir: &Path, line: &mut CommandLine, helpers: &mut He
 fn hotplug_kinds(machine_type: MachineType) -> Vec<String> {
     match machine_type {
         MachineType::Microvm => Vec::new(),
-        MachineType::Q35 => vec!["block".into(), "net".into()],
+        MachineType::Q35 => vec!["block".into(), "net".into(), "vfio".into()],
     }
 }

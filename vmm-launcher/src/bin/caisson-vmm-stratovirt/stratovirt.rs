@@ -21,7 +21,7 @@ use caisson_vmm_launcher::{
     process::{Ended, Process},
     qmp::Qmp,
     request,
-    virtiofsd::Virtiofsd,
+    virtiofsd::{Virtiofsd, any_failed},
     vm::exit,
 };
 use serde_json::json;
@@ -38,13 +38,21 @@ use crate::{
 /// StratoVirt is ready in a tenth of a second, unless the host is very busy.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
+/// A file server ends when StratoVirt closes its connection, and that is shortly before it has quite ended.
+const HELPER_AFTER_HYPERVISOR: Duration = Duration::from_secs(1);
 /// What `-smp` accepts.
 const MAX_VCPUS: u32 = 254;
 /// The image is the first disk.
 const IMAGE_ID: &str = "image";
 
+/// To wait for its vCPUs it sleeps, which the filter of its microvm ends it for: `syscall_whitelist`,
+/// machine/src/micro_common/syscall.rs of version 2.5.0.
+const NO_PAUSE: &str = "StratoVirt's own system call filter ends its microvm when it is paused; seccomp = false in the \
+                        configuration does without the filter";
+
 /// For `Capabilities`.
 const MISSING: &[(&str, &str)] = &[
+    ("pause", NO_PAUSE),
     ("pmem", "StratoVirt's microvm is given none"),
     ("vfio", "it needs StratoVirt's q35, which is not used"),
     ("fs-hotplug", "microvm takes disks and network cards only"),
@@ -64,6 +72,8 @@ pub struct StratoVirt {
     slots: Slots,
     memory_mib: u64,
     vcpus: u32,
+    /// Whether it is confined by its system call filter.
+    filtered: bool,
 }
 
 impl Hypervisor for StratoVirt {
@@ -82,7 +92,6 @@ impl Hypervisor for StratoVirt {
             version,
             devices: words(&["block", "net", "vsock", "fs", "balloon", "rng", "console"]),
             hotplug: words(&["block", "net"]),
-            operations: words(&["pause"]),
             accelerator: "kvm".into(),
             accelerator_reason: "/dev/kvm runs guests".into(),
             missing: MISSING.iter().map(|(what, why)| ((*what).to_owned(), (*why).to_owned())).collect(),
@@ -115,6 +124,9 @@ impl Hypervisor for StratoVirt {
     }
 
     async fn pause(&self) -> Result<()> {
+        if self.filtered {
+            return Err(Error::Unsupported(NO_PAUSE.into()));
+        }
         self.qmp.execute("stop", json!({})).await.map(drop)
     }
 
@@ -136,16 +148,28 @@ impl Hypervisor for StratoVirt {
     }
 
     async fn ended(&self) -> WaitResponse {
-        let ended = self.process.ended().await;
-        self.console.drained().await;
         let file_servers = std::mem::take(&mut *self.file_servers.lock().expect("nobody panics with the helpers"));
+        let (ended, helper) = tokio::select! {
+            ended = self.process.ended() => (ended, None),
+            // It ends when StratoVirt does, and may be heard of first. Without that one's end, a guest whose file system is
+            // gone hangs.
+            helper = any_failed(&file_servers) => match timeout(HELPER_AFTER_HYPERVISOR, self.process.ended()).await {
+                Ok(ended) => (ended, None),
+                Err(_) => {
+                    self.process.kill();
+                    (self.process.ended().await, Some(helper))
+                }
+            }
+        };
+        self.console.drained().await;
         for file_server in file_servers {
             file_server.end().await;
         }
-        let (reason, detail) = match self.console.panic() {
-            Some(words) => (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}")),
-            None if ended.status.success() => (ExitReason::GUEST_SHUTDOWN, "the guest ended itself".to_owned()),
-            None => (ExitReason::HYPERVISOR_FAILED, self.process.describe(&ended)),
+        let (reason, detail) = match (helper, self.console.panic()) {
+            (Some(helper), _) => (ExitReason::HYPERVISOR_FAILED, helper),
+            (None, Some(words)) => (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}")),
+            (None, None) if ended.status.success() => (ExitReason::GUEST_SHUTDOWN, "the guest ended itself".to_owned()),
+            (None, None) => (ExitReason::HYPERVISOR_FAILED, self.process.describe(&ended)),
         };
         WaitResponse { console_tail: self.console.tail(), ..exit(reason, detail) }
     }
@@ -267,7 +291,8 @@ impl<'a> Plan<'a> {
                 info!(pid = process.pid(), "StratoVirt started");
                 let file_servers = Mutex::new(self.file_servers);
                 let (memory_mib, vcpus) = (vm.memory_mib, vm.vcpus);
-                Ok(StratoVirt { process, qmp, console, file_servers, slots: self.slots, memory_mib, vcpus })
+                let filtered = options.seccomp;
+                Ok(StratoVirt { process, qmp, console, file_servers, slots: self.slots, memory_mib, vcpus, filtered })
             }
             Err(error) => {
                 process.kill();

@@ -70,6 +70,7 @@ body!(Vsock { id: String, cid: u64, socket: String });
 body!(Balloon { size: u64, deflate_on_oom: bool, free_page_reporting: bool });
 body!(Rng { src: String });
 body!(Resize { desired_vcpus: Option<u64>, desired_ram: Option<u64> });
+body!(Passthrough { id: String, path: String });
 body!(Remove { id: String });
 body!(Destination { destination_url: String });
 body!(Source { source_url: String });
@@ -114,6 +115,13 @@ impl Fake {
                 let fs: Fs = read(body)?;
                 self.shared_memory.then_some(()).ok_or(NOT_SHARED)?;
                 self.add(fs.id, 8)
+            }
+            // Before the boot it is only noted down.
+            ("PUT", "vm.add-device", Some(body)) => {
+                let device: Passthrough = read(body)?;
+                device.path.starts_with("/sys/bus/pci/devices/").then_some(()).ok_or("invalid path")?;
+                let noted = self.vm == Vm::Configured;
+                self.add(device.id, 9).map(|answer| answer.filter(|_| !noted))
             }
             ("PUT", "vm.remove-device", Some(body)) => {
                 let remove: Remove = read(body)?;

@@ -19,6 +19,8 @@ use tokio::net::UnixStream;
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// A guest with much memory takes its time.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+/// For a device of the host, all of the guest's memory is pinned.
+const ADD_DEADLINE: Duration = Duration::from_secs(60);
 /// The guest's memory is written to a disk, or read.
 const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(300);
 
@@ -89,9 +91,15 @@ impl Api {
     }
 
     /// Adds a device to the list of the configuration that it belongs to.
-    pub async fn add(&self, list: &str, device: &Value) -> Result<()> {
-        let kind = if list == "disks" { "disk" } else { list };
-        self.put(&format!("vm.add-{kind}"), device).await
+    /// Answers where the guest finds it, if there is a guest already.
+    pub async fn add(&self, list: &str, device: &Value) -> Result<Option<String>> {
+        let kind = match list {
+            "disks" => "disk",
+            "devices" => "device",
+            kind => kind,
+        };
+        let added = self.request(Method::PUT, &format!("vm.add-{kind}"), Some(device), ADD_DEADLINE).await?;
+        Ok(added["bdf"].as_str().map(str::to_owned))
     }
 
     /// Asks the guest to let go of a device; an event tells when it has.

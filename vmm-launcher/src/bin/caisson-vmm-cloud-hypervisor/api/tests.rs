@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use caisson_protocol::vmm::{Balloon, Block, Device, Fs, Net, Pmem, Rng, VmConfig, Vsock, device::Kind};
+use caisson_protocol::vmm::{Balloon, Block, Device, Fs, Net, Pmem, Rng, Vfio, VmConfig, Vsock, device::Kind};
 
 use super::{Api, fake::Fake};
 use crate::{
@@ -64,6 +64,19 @@ async fn a_vm_with_every_device_lives_through_everything() {
     api.snapshot("/snapshot").await.unwrap();
     api.resume().await.unwrap();
     api.press_power_button().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_device_of_the_host_has_its_place_once_there_is_a_guest() {
+    let gpu = |id| device(id, Kind::Vfio(Vfio { address: "0000:41:00.0".into(), ..Default::default() }));
+    let api = created(vec![gpu("first")]).await;
+    let (list, body) = hotpluggable(&gpu("first")).unwrap();
+    assert_eq!(api.add(list, &body).await.unwrap(), None);
+    api.boot().await.unwrap();
+    let (list, body) = hotpluggable(&gpu("late")).unwrap();
+    assert_eq!(api.add(list, &body).await.unwrap().as_deref(), Some("0000:00:09.0"));
+    assert!(api.add(list, &body).await.is_err());
+    api.remove_device("late").await.unwrap();
 }
 
 #[tokio::test]
