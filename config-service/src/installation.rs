@@ -48,11 +48,13 @@ impl Installation {
 
     /// The configuration to read: `requested`, or the first of the lookup order.
     pub(crate) fn find(&self, requested: Option<&Path>, watch: &mut Watch) -> Result<Found, Problem> {
-        let link = match requested {
-            Some(file) => file,
-            None => self.first_configuration(watch)?,
+        let Some(requested) = requested else {
+            let first = Found::at(self.first_configuration(watch)?, watch)?;
+            // The administrator's drop-ins hold while the installation's own file is in force, too.
+            let link = self.configurations.first().cloned().unwrap_or(first.link);
+            return Ok(Found { link, file: first.file });
         };
-        Found::at(link, watch)
+        Found::at(requested, watch)
     }
 
     /// Where configurations lie that can be chosen: beside the administrator's, and beside the installation's own.
@@ -84,7 +86,7 @@ impl Installation {
 /// A configuration that is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Found {
-    /// The path that was asked for.
+    /// The path that was asked for, or where the administrator's would be.
     pub(crate) link: PathBuf,
     /// The file itself, symlinks resolved.
     pub(crate) file: PathBuf,

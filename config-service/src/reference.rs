@@ -44,7 +44,8 @@ Written from the types that read them; `caisson config reference` prints this pa
 **Where they are read.** The first of: containerd's runtime option `config_path`; the variable `CAISSON_CONF_FILE`;
 `/etc/caisson/configuration.toml`; `share/defaults/caisson/configuration.toml` of the prefix that caisson is installed
 in. The file may be a symbolic link. Over it are laid `config.d/*.toml` beside the file and then beside the link, each
-in the order of their names: tables merge, everything else replaces.
+in the order of their names: tables merge, everything else replaces. `/etc/caisson/config.d` is laid over the prefix's file
+too.
 
 **Which hypervisor.** `[runtime] hypervisor`, or else the file's only table `[hypervisor.<name>]`. Drop-ins may keep
 tables for others.

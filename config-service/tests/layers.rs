@@ -121,6 +121,14 @@ async fn without_an_administrators_file_the_shipped_one_counts() {
 }
 
 #[tokio::test]
+async fn the_administrators_drop_ins_are_laid_over_the_shipped_file_too() {
+    let host = Host::new();
+    host.configure_as(SHIPPED, "");
+    host.write("etc/config.d/a.toml", "[hypervisor.qemu]\ndefault_vcpus = 2");
+    assert_eq!(host.resolve().await.unwrap().config.vm.vcpus, 2);
+}
+
+#[tokio::test]
 async fn an_administrators_link_to_nothing_is_a_mistake() {
     let host = Host::new();
     fs::rename(host.configure(""), host.path(SHIPPED)).unwrap();
