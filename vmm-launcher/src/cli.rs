@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use caisson_protocol::vmm::CapabilitiesResponse;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
@@ -90,13 +90,15 @@ pub(crate) struct RunArgs {
 
 /// What a backend's `main` calls.
 pub fn main<H: Hypervisor>() -> ExitCode {
-    let cli = Cli::parse();
+    let name = format!("caisson-vmm-{}", H::NAME);
+    let matches = Cli::command().display_name(name.clone()).get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let quiet = !matches!(cli.command, Command::Serve);
     log_to_stderr(if quiet { "warn" } else { "info" });
     match execute::<H>(cli.command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("caisson-vmm-{}: {error:#}", H::NAME);
+            eprintln!("{name}: {error:#}");
             ExitCode::FAILURE
         }
     }

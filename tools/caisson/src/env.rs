@@ -10,7 +10,7 @@ use caisson_config_service::{
 use caisson_protocol::config::SandboxConfig;
 use serde::Serialize;
 
-use crate::{digest, host, launcher, output::Format, program, vmm_program};
+use crate::{built, digest, host, launcher, output::Format, program, vmm_program};
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
@@ -56,6 +56,7 @@ struct Meta {
 #[serde(rename_all = "PascalCase")]
 struct Kernel {
     path: String,
+    version: String,
     sha256: String,
     parameters: String,
 }
@@ -142,11 +143,7 @@ async fn gather(installation: &Installation, resolved: Result<Resolved, Vec<Stri
     };
     Environment {
         meta: Meta { version: "1.0" },
-        kernel: config.as_ref().map(|config| Kernel {
-            path: config.vm.kernel.clone(),
-            sha256: digest(&config.vm.kernel),
-            parameters: config.vm.kernel_params.clone(),
-        }),
+        kernel: config.as_ref().map(kernel),
         image: config.as_ref().and_then(|config| asset(&config.vm.image)),
         initrd: config.as_ref().and_then(|config| asset(&config.vm.initrd)),
         hypervisor,
@@ -161,6 +158,14 @@ async fn gather(installation: &Installation, resolved: Result<Resolved, Vec<Stri
         programs: programs(installation).await,
         host: host::Host::look(),
     }
+}
+
+fn kernel(config: &SandboxConfig) -> Kernel {
+    let path = config.vm.kernel.clone();
+    let sha256 = digest(&path);
+    let release = built::kernel_release(Path::new(&path), &sha256);
+    let version = release.unwrap_or_else(|error| format!("unknown: {error:#}"));
+    Kernel { version, sha256, path, parameters: config.vm.kernel_params.clone() }
 }
 
 /// None when the launcher is not there, which is then one of the configuration's problems.

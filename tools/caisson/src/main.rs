@@ -7,6 +7,7 @@ mod hypervisor;
 mod install;
 mod sandbox;
 
+mod built;
 mod digest;
 mod host;
 mod launcher;
