@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
+    io::Write,
     path::{Path, PathBuf},
 };
 
@@ -21,11 +22,14 @@ for_backend!(
     qemu_only,
     Qemu,
     a_disk_that_another_vm_writes_is_refused,
+    a_file_is_memory_to_a_guest_on_q35,
     what_is_no_whole_number_of_huge_pages_is_no_memory_on_q35
 );
+for_backend!(cloud_hypervisor_only, CloudHypervisor, a_file_is_memory_to_a_guest);
 for_backend!(
     builtin_only,
     Builtin,
+    a_file_is_memory_to_a_guest,
     a_disk_that_another_vm_writes_is_refused,
     a_disk_that_a_thread_serves_keeps_every_byte,
     a_disk_that_shrinks_gives_the_guest_errors,
@@ -121,6 +125,38 @@ async fn a_disk_loses_what_is_discarded(backend: Backend) {
     let content = fs::read(&path).unwrap();
     assert!(content[..1 << 20].iter().all(|&byte| byte == 0));
     assert!(content[1 << 20..(1 << 20) + 64].iter().any(|&byte| byte != 0));
+}
+
+async fn file_is_memory_to_a_guest(backend: Backend, options: &str) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let (written, kept) = (image(&images, "written", 4), image(&images, "kept", 2));
+    for path in [&written, &kept] {
+        OpenOptions::new().write(true).open(path).unwrap().write_all(b"hello").unwrap();
+    }
+    let script = "for n in 0 1; do\n\
+                  [ \"$(head -c 5 /dev/pmem$n)\" = hello ]\n\
+                  printf world | dd of=/dev/pmem$n conv=notrunc,fsync\n\
+                  [ \"$(head -c 5 /dev/pmem$n)\" = world ]\n\
+                  done";
+    let pmem = |path: &Path, read_only| Kind::Pmem(Pmem { path: text(path), read_only, ..Default::default() });
+    let files = [("written", pmem(&written, false)), ("kept", pmem(&kept, true))];
+    let mut request = request(&launcher, &images, script, &files);
+    request.options += options;
+    launcher.create(&request).await.unwrap();
+    launcher.boot().await.unwrap();
+
+    assert_all_arrived(&ended(&launcher).await);
+    assert!(fs::read(&written).unwrap().starts_with(b"world"));
+    assert!(fs::read(&kept).unwrap().starts_with(b"hello"));
+}
+
+async fn a_file_is_memory_to_a_guest(backend: Backend) {
+    file_is_memory_to_a_guest(backend, "").await;
+}
+
+async fn a_file_is_memory_to_a_guest_on_q35(backend: Backend) {
+    file_is_memory_to_a_guest(backend, "\nmachine_type = \"q35\"").await;
 }
 
 async fn what_is_no_whole_number_of_huge_pages_is_no_memory_on_q35(backend: Backend) {
