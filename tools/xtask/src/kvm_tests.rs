@@ -39,7 +39,8 @@ const FITNESS_PROFILE: &str = "kvm-fitness";
 const REQUIRED: [&str; 2] = ["builtin", "qemu"];
 
 /// Guests of several processors, of every hypervisor.
-const SEVERAL_PROCESSORS: &str = "test(/^(life|sizes)::/) and test(/_processors_|::processors_|_cpus_/)";
+const SEVERAL_PROCESSORS: &str = "test(/^(life|sizes)::/) and test(/_processors_|::processors_|_cpus_/) \
+                                  or test(/::a_card_keeps_every_byte$/)";
 
 /// How many pods come and go, one after the other.
 const POD_CYCLES: &str = "50";
