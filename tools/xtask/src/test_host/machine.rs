@@ -17,8 +17,8 @@ const PROCESSOR: &str =
     "EPYC,+svm,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,-xsavec";
 const PLATFORM: &str = "q35,memory-backend=memory,smbus=off,sata=off,usb=off,vmport=off";
 /// A panic ends the machine. On a busy machine, the watchdog may distrust the emulated time stamp counter, and KVM then gives
-/// guests a poorer clock. An idle processor halts: in a loop of `pause` instructions, the clock of instructions hardly moves.
-const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable idle=halt";
+/// guests a poorer clock.
+const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable";
 /// QEMU's cache of translated code in MiB: the default grows with the machine's memory, not with what is executed.
 const TRANSLATIONS_MIB: u32 = 256;
 
