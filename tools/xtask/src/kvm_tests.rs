@@ -216,7 +216,7 @@ pub fn test(installation: &Installation) -> Result<()> {
             let command =
                 ["/usr/bin/env", &folder, &program, "--no-setup", "test-kvm", "--batch", &number, "--here", &nextest]
                     .map(|word: &str| word.to_owned());
-            run_in(&host, batch, &Task { command: &command, stdin: false, console: false, limit: LIMIT })
+            run_in(host, batch, &Task { command: &command, stdin: false, console: false, limit: LIMIT })
         })
     };
     fs::write(Results::path(installation), &lines).context("keep the results")?;
