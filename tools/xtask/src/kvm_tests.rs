@@ -22,7 +22,9 @@ use crate::{
 
 /// Room for a guest of 8 GiB.
 const MEMORY_MIB: u64 = 9600;
-const LIMIT: Duration = Duration::from_secs(480);
+const LIMIT: Duration = Duration::from_secs(600);
+/// The same where the clock may stop: nothing takes half of it on an idle machine.
+const WORK_LIMIT: Duration = Duration::from_secs(240);
 /// How many test hosts there are at a time.
 const LANES: usize = 2;
 /// How many test hosts a batch is given that die or are not fit for it.
@@ -270,6 +272,13 @@ fn all(
     (lines.into_inner().expect("no lane panics"), verdict)
 }
 
+const fn limit(clock: Clock) -> Duration {
+    match clock {
+        Clock::Work => WORK_LIMIT,
+        Clock::Host { .. } | Clock::Instructions => LIMIT,
+    }
+}
+
 /// A test host may die of its emulated processor, or not be fit from the start: that is no verdict on the tests, and another
 /// one boots. Tests that fail are tried in one more, too, which has done nothing before. Those of guests with several
 /// processors are left out where no test host is fit for them.
@@ -277,7 +286,9 @@ fn run_in(host: impl Fn(Clock) -> Result<TestHost>, batch: &Batch, task: &Task<'
     let mut tries = 0;
     for boot in 1..=BOOTS {
         let mut output = Vec::new();
-        match host(batch.processors.clock(boot))?.run(task, &mut output) {
+        let clock = batch.processors.clock(boot);
+        let task = Task { limit: limit(clock), ..task.clone() };
+        match host(clock)?.run(&task, &mut output) {
             Ok(UNFIT) => eprintln!("    boot {boot} of the test host: its emulated processor does not run guests well"),
             Ok(code) => {
                 tries += 1;
