@@ -280,7 +280,8 @@ const fn limit(clock: Clock) -> Duration {
 }
 
 /// A test host may die of its emulated processor, or not be fit from the start: that is no verdict on the tests, and another
-/// one boots. Tests that fail are tried in one more, too, which has done nothing before. Those of guests with several
+/// one boots. Tests that fail are tried in one more, too, which has done nothing before. Guests of one processor have the
+/// other clock then, since what one clock does badly the other one does well. Those of guests with several
 /// processors are left out where no test host is fit for them.
 fn run_in(host: impl Fn(Clock) -> Result<TestHost>, batch: &Batch, task: &Task<'_>) -> Result<(String, Result<()>)> {
     let mut tries = 0;

@@ -45,7 +45,8 @@ pub enum Clock {
         cpus: u32,
     },
     /// One processor's instructions, a nanosecond each, while it has some to execute, and this machine's clock while it
-    /// waits. However little of this machine it gets, no timer and no deadline in it comes early or late.
+    /// waits: how little of this machine it gets makes nothing in it late. QEMU takes some thousand times as long for a
+    /// `pause` instruction as is counted for it: in a long loop of them, the clock all but stops.
     Work,
     /// One processor's instructions alone: when it has none to execute, it is at once the time of the next timer. Durations
     /// repeat.
