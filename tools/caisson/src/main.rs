@@ -32,7 +32,7 @@ use output::Format;
   caisson config show --origin        every value in force, and where it comes from
   caisson sandbox list                what runs on this host
 
-Every command takes --json. `caisson help COMMAND` tells more, with examples.")]
+Every command takes --json; what flows, as logs do, is then one object for each line. `caisson help COMMAND` tells more, with examples.")]
 struct Arguments {
     /// Print JSON, for programs.
     #[arg(long, global = true)]

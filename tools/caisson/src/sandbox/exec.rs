@@ -1,6 +1,7 @@
 //! `caisson sandbox exec`: one more process in a container, by the same calls that `ctr task exec` leads to.
 
 use std::{
+    io::{self, Write},
     path::Path,
     process::{self, ExitCode},
 };
@@ -24,6 +25,7 @@ use super::{
     exec_streams::{Fifos, Flow},
     raw_terminal::{self, RawTerminal},
 };
+use crate::output::Format;
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
@@ -31,8 +33,10 @@ use super::{
   caisson sandbox exec web -- cat /proc/meminfo
   caisson sandbox exec --container nginx --user 0 pod -- sh -c 'kill -HUP 1'
   tar c . | caisson sandbox exec web -- tar x -C /data
+  caisson sandbox exec web --json -- ls | jq -r 'select(.stream == \"stdout\").line'
 
-The program gets a terminal when it is started from one.")]
+The program gets a terminal when it is started from one. With --json it gets none: each line that it writes becomes
+{\"stream\":\"stdout\" or \"stderr\",\"line\":…}, and its end {\"exit_code\":…}.")]
 pub(crate) struct Arguments {
     /// The container, or the beginning of its id, where the sandbox has several.
     #[arg(short, long, value_name = "ID")]
@@ -56,10 +60,10 @@ pub(crate) struct Arguments {
 /// How containerd names an OCI process in a message.
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 
-pub(super) async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(arguments: Arguments, format: Format) -> anyhow::Result<ExitCode> {
     let shim = Shim::of(&arguments.sandbox).await?;
     let container = shim.container(arguments.container.as_deref()).await?;
-    let terminal = raw_terminal::is_terminal();
+    let terminal = format == Format::Text && raw_terminal::is_terminal();
     let process = process_in(Path::new(&container.bundle), &arguments, terminal)?;
     let attempt = || format!("execute {} in container {}", arguments.command[0], container.id);
 
@@ -67,8 +71,8 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let exec = Exec { task: &shim.task, container: container.id.clone(), id: format!("caisson-{}", process::id()) };
     exec.create(process, &fifos, terminal).await.map_err(told(attempt()))?;
     // The shim has opened its ends: none of ours waits.
-    let mut flow = fifos.open().with_context(attempt)?;
-    let raw = RawTerminal::enter();
+    let mut flow = fifos.open(format).with_context(attempt)?;
+    let raw = if terminal { RawTerminal::enter() } else { None };
     let ended = exec.attend(&mut flow, terminal).await;
     // It has ended, or could not start: it is not needed any more.
     let deleted = exec.delete().await;
@@ -76,6 +80,9 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let status = ended.map_err(told(attempt()))?;
     deleted.map_err(told(attempt()))?;
     flow.finish().await.with_context(attempt)?;
+    if format == Format::Json {
+        writeln!(io::stdout(), "{}", serde_json::json!({ "exit_code": status }))?;
+    }
     Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)))
 }
 

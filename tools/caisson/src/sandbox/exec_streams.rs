@@ -14,6 +14,9 @@ use tokio::{
     task::{JoinHandle, spawn_blocking},
 };
 
+use super::json_lines::JsonLines;
+use crate::output::Format;
+
 /// One fifo for each stream, in a directory for root only that goes with this.
 pub(super) struct Fifos {
     dir: TempDir,
@@ -48,8 +51,9 @@ impl Fifos {
         self.dir.path().join(name).display().to_string()
     }
 
-    /// Joins them to this program's streams. Waits for whoever has the other ends.
-    pub(super) fn open(&self) -> io::Result<Flow> {
+    /// Joins them to this program's streams; as JSON, both outputs come on standard output. Waits for whoever has the
+    /// other ends.
+    pub(super) fn open(&self, format: Format) -> io::Result<Flow> {
         let mut stdin = OpenOptions::new().write(true).open(self.stdin())?;
         let (end_input, input_end) = oneshot::channel();
         // A read from a terminal cannot be interrupted: nobody waits for this thread.
@@ -60,10 +64,16 @@ impl Fifos {
             let _ = end_input.send(());
         });
         let stdout = File::open(self.stdout())?;
-        let mut outputs = vec![spawn_blocking(move || pass_on(stdout, io::stdout()))];
+        let mut outputs = vec![spawn_blocking(move || match format {
+            Format::Text => pass_on(stdout, io::stdout()),
+            Format::Json => pass_on(stdout, JsonLines::of_stream("stdout", io::stdout())),
+        })];
         if !self.terminal {
             let stderr = File::open(self.stderr())?;
-            outputs.push(spawn_blocking(move || pass_on(stderr, io::stderr())));
+            outputs.push(spawn_blocking(move || match format {
+                Format::Text => pass_on(stderr, io::stderr()),
+                Format::Json => pass_on(stderr, JsonLines::of_stream("stderr", io::stdout())),
+            }));
         }
         Ok(Flow { input_end: Some(input_end), outputs })
     }

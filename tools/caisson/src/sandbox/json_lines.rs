@@ -1,28 +1,42 @@
-//! A guest's console for programs: one JSON object for each line.
+//! What comes out of a guest, for programs: one JSON object for each line.
 
 use std::io::{self, Write};
 
-use serde_json::json;
+use serde::Serialize;
 
 /// A line is cut here, so that a guest that never ends one does not fill our memory; in bytes.
 const MAX_LINE: usize = 64 << 10;
 
-/// Passes each whole line on as `{"line":"…"}`; what is not UTF-8 is replaced.
+/// Passes each whole line on as `{"line":"…"}`, or `{"stream":"…","line":"…"}`; what is not UTF-8 is replaced.
 pub(super) struct JsonLines<W: Write> {
     out: W,
+    stream: Option<&'static str>,
     line: Vec<u8>,
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stream: Option<&'static str>,
+    line: &'a str,
 }
 
 impl<W: Write> JsonLines<W> {
     pub(super) fn new(out: W) -> Self {
-        Self { out, line: Vec::new() }
+        Self { out, stream: None, line: Vec::new() }
+    }
+
+    /// For one of several streams that share `out`: none cuts into another's line.
+    pub(super) fn of_stream(stream: &'static str, out: W) -> Self {
+        Self { out, stream: Some(stream), line: Vec::new() }
     }
 
     fn end_line(&mut self) -> io::Result<()> {
         let line = String::from_utf8_lossy(&self.line);
-        writeln!(self.out, "{}", json!({ "line": line.trim_end_matches('\r') }))?;
+        let line = Line { stream: self.stream, line: line.trim_end_matches('\r') };
+        let object = serde_json::to_string(&line)? + "\n";
         self.line.clear();
-        Ok(())
+        self.out.write_all(object.as_bytes())
     }
 }
 
@@ -68,6 +82,13 @@ mod tests {
     #[test]
     fn a_line_that_comes_in_pieces_is_one_object() {
         assert_eq!(lines(&[b"a\"b", b"c\r\nd"]), "{\"line\":\"a\\\"bc\"}\n{\"line\":\"d\"}\n");
+    }
+
+    #[test]
+    fn each_line_says_of_which_stream_it_is() {
+        let mut out = Vec::new();
+        JsonLines::of_stream("stderr", &mut out).write_all(b"oops").unwrap();
+        assert_eq!(out, b"{\"stream\":\"stderr\",\"line\":\"oops\"}\n");
     }
 
     #[test]

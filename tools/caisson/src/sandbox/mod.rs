@@ -44,7 +44,8 @@ pub(crate) enum Command {
     /// Refused unless the sandbox's configuration had `debug_console_enabled = true` in `[agent]` when it started.
     #[command(after_help = "Examples:
   caisson sandbox console web
-  echo dmesg | caisson sandbox console web")]
+  echo dmesg | caisson sandbox console web
+  echo dmesg | caisson sandbox console web --json | jq -r .line")]
     Console {
         /// The sandbox's id, or the beginning of it.
         sandbox: String,
@@ -64,8 +65,8 @@ pub(crate) async fn run(command: Command, format: Format) -> anyhow::Result<Exit
         Command::List => list::run(format)?,
         Command::Inspect { sandbox } => inspect::run(&sandbox, format).await?,
         Command::Logs(arguments) => logs::run(&arguments, format)?,
-        Command::Exec(arguments) => return exec::run(arguments).await,
-        Command::Console { sandbox } => console::run(&sandbox).await?,
+        Command::Exec(arguments) => return exec::run(arguments, format).await,
+        Command::Console { sandbox } => console::run(&sandbox, format).await?,
         Command::Metrics { sandbox } => metrics::run(&sandbox, format).await?,
     }
     Ok(ExitCode::SUCCESS)

@@ -51,6 +51,10 @@ fn a_program_in_a_container_has_its_streams_and_its_exit_code() -> Result<()> {
     let mut count = Session::start(caisson(&containerd, &["sandbox", "exec", &id, "--", "wc", "-c"])?)?;
     count.feed(vec![b'x'; 3 << 20]);
     assert_eq!(count.wait(LIMIT)?.stdout_text(), format!("{}\n", 3 << 20));
+    let told = run(&containerd, &["sandbox", "exec", &id, "--json", "--", "sh", "-c", "cat; echo oops >&2; exit 7"])?;
+    let lines: Vec<_> = told.stdout_text().lines().map(str::to_owned).collect();
+    assert_eq!((told.code, told.stderr.as_str()), (7, ""));
+    assert_eq!(lines, [r#"{"stream":"stderr","line":"oops"}"#, r#"{"exit_code":7}"#]);
     let missing = run(&containerd, &["sandbox", "exec", &id, "--", "nosuch"])?;
     assert_eq!(missing.code, 127, "{}", missing.stderr);
     containerd.remove(&id)?;
@@ -108,6 +112,11 @@ fn a_shell_in_the_guest_reads_what_is_typed_and_ends() -> Result<()> {
     script.feed(b"echo from a $((1 + 1))-line script\n".to_vec());
     let outcome = script.wait(LIMIT)?;
     assert!(outcome.stdout_text().contains("from a 2-line script"), "{outcome:?}");
+
+    let mut script = Session::start(caisson(&containerd, &["sandbox", "console", &id, "--json"])?)?;
+    script.feed(b"echo from a $((1 + 1))-line script\n".to_vec());
+    let outcome = script.wait(LIMIT)?;
+    assert!(outcome.stdout_text().lines().any(|line| line == r#"{"line":"from a 2-line script"}"#), "{outcome:?}");
     containerd.remove(&id)?;
     containerd.assert_nothing_left();
     Ok(())
