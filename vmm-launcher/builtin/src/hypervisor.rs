@@ -22,8 +22,8 @@ use caisson_vmm_launcher::{
     virtiofsd::{self, Virtiofsd},
     vm::exit,
 };
-use tokio::time::timeout;
-use tracing::info;
+use tokio::{sync::oneshot, time::timeout};
+use tracing::{info, warn};
 
 use crate::{
     arch,
@@ -190,8 +190,7 @@ impl Hypervisor for Builtin {
             // A thread that was stopped does not end before the process does, and may hold any lock.
             machine.into_iter().for_each(Machine::abandon);
         } else {
-            // It waits for threads.
-            let _ = tokio::task::spawn_blocking(move || drop(machine)).await;
+            self.end_threads(machine).await;
         }
         self.console.drained().await;
         end(file_servers).await;
@@ -224,6 +223,21 @@ impl Builtin {
     /// The VM may end between the state machine's check and this.
     fn with_machine<T>(&self, verb: &'static str, act: impl FnOnce(&Machine) -> T) -> Result<T> {
         self.machine().as_ref().map(act).ok_or(Error::WrongState { verb, state: "ended" })
+    }
+
+    /// Drops the machine on a thread of its own, because that waits for others. One that was stopped by its filter meanwhile
+    /// is not waited for: it goes with the process.
+    async fn end_threads(&self, machine: Option<Machine>) {
+        let (tell, ended) = oneshot::channel();
+        // A host without another thread drops it here.
+        let _ = std::thread::Builder::new().name("ending".into()).spawn(move || {
+            drop(machine);
+            let _ = tell.send(());
+        });
+        tokio::select! {
+            _ = ended => {}
+            words = self.violation() => warn!("while the VM's threads ended, {words}"),
+        }
     }
 
     /// Answers when a thread was stopped by its filter.

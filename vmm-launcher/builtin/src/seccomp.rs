@@ -216,6 +216,14 @@ impl Filter {
     }
 }
 
+/// Has all threads take their memory from one heap, which glibc grows and shrinks with `brk(2)` alone. Threads would have heaps
+/// of their own otherwise, and the first time that one gets smaller, glibc opens a file (`check_may_shrink_heap` in its
+/// sysdeps/unix/sysv/linux/malloc-sysdep.h), which a filtered thread must not. To be called before there are other threads.
+pub fn keep_one_heap() {
+    // SAFETY: it sets a number; the only other thing that it does is to initialise the allocator.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
 /// Whether the kernel can do what [`compile`] asks of it.
 fn is_there() -> bool {
     let action = libc::SECCOMP_RET_TRAP;
@@ -367,6 +375,15 @@ mod tests {
             event.write(1).unwrap();
             let sum = thread::spawn(|| vec![1_u8; 8 << 20].iter().map(|byte| u64::from(*byte)).sum::<u64>());
             assert_eq!(sum.join().unwrap(), 8 << 20);
+        });
+    }
+
+    #[test]
+    fn a_filtered_thread_gives_memory_back() {
+        keep_one_heap();
+        filtered(Thread::Device { serves_files: false }, || {
+            let pieces: Vec<_> = (0..64 << 10).map(|_| vec![1_u8; 1 << 10]).collect();
+            drop(pieces);
         });
     }
 
