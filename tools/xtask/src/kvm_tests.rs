@@ -24,7 +24,7 @@ use crate::{
 const MEMORY_MIB: u64 = 9600;
 const LIMIT: Duration = Duration::from_secs(600);
 /// The same where the clock may stop: nothing takes half of it on an idle machine.
-const WORK_LIMIT: Duration = Duration::from_secs(240);
+const WORK_LIMIT: Duration = Duration::from_secs(300);
 /// How many test hosts there are at a time.
 const LANES: usize = 2;
 /// How many test hosts a batch is given that die or are not fit for it.
@@ -147,9 +147,10 @@ impl Batch {
     }
 }
 
-const BATCHES: [Batch; 20] = [
+const BATCHES: [Batch; 21] = [
     Batch::suite("every launcher: devices", "binary(launcher) and test(/^devices::/)"),
-    Batch::suite("every launcher: integrity", "binary(launcher) and test(/^integrity::/)"),
+    Batch::suite("every launcher: shared directories", "binary(launcher) and test(/^integrity::.*_share_/)"),
+    Batch::suite("every launcher: vsock", "binary(launcher) and test(/^integrity::.*::vsock_/)"),
     Batch::suite("every launcher: disks", "binary(launcher) and test(/^disks::/)"),
     Batch::suite("every launcher: life", "binary(launcher) and test(/^(balloon|life|memory|sizes|snapshot)::/)"),
     Batch::suite("every launcher: several processors", "binary(launcher)").with_several_processors(),
@@ -191,15 +192,19 @@ const BATCHES: [Batch; 20] = [
     Batch::compressed_peer("StratoVirt: containers and pods", "stratovirt", PEERS_CONTAINERS),
 ];
 
-/// Runs all of it, here or in a test host.
-pub fn test(installation: &Installation) -> Result<()> {
+/// Runs the batches whose names contain one of `only`, or all, here or in a test host.
+pub fn test(installation: &Installation, only: &[String]) -> Result<()> {
+    let is_wanted = |batch: &Batch| only.is_empty() || only.iter().any(|name| batch.name.contains(name.as_str()));
+    let names = || BATCHES.iter().map(|batch| batch.name).collect::<Vec<_>>().join("\n");
+    ensure!(BATCHES.iter().any(is_wanted), "no batch is called {}; there are:\n{}", only.join(" or "), names());
     let nextest = step("find cargo-nextest", || build::nextest(&Cache::open()?))?;
     let metadata = step("list the tests", || Metadata::write(installation, &nextest))?;
     let peers = step("look for hypervisors", || Peers::find(installation))?;
+    let batches = BATCHES.iter().enumerate().filter(|(_, batch)| is_wanted(batch) && batch.can_run(&peers));
     let accelerator = Accelerator::find(&installation.programs)?;
     let (lines, verdict) = if accelerator.is_kvm() {
         let here = Here { installation, nextest: &nextest, metadata: &metadata, peers: &peers };
-        all(1, &peers, |_, batch| here.run_recorded(batch))
+        all(1, batches, |_, batch| here.run_recorded(batch))
     } else {
         eprintln!("    a test host is needed here: {}", accelerator.reason);
         let image = step("build the test host", || Image::build(Image::SUITE))?;
@@ -213,7 +218,7 @@ pub fn test(installation: &Installation) -> Result<()> {
             host.share(&folder_of_nextest)?;
             Ok(host)
         };
-        all(LANES, &peers, |number, batch| {
+        all(LANES, batches, |number, batch| {
             let number = number.to_string();
             let command =
                 ["/usr/bin/env", &folder, &program, "--no-setup", "test-kvm", "--batch", &number, "--here", &nextest]
@@ -245,12 +250,11 @@ pub fn test_as_prepared(installation: &Installation, nextest: &Path, batch: usiz
 }
 
 /// Runs every batch, `lanes` of them at a time, whatever became of the others; and what they found, in lines.
-fn all(
+fn all<'a>(
     lanes: usize,
-    peers: &Peers,
+    batches: impl Iterator<Item = (usize, &'a Batch)> + Send,
     run: impl Fn(usize, &Batch) -> Result<(String, Result<()>)> + Sync,
 ) -> (String, Result<()>) {
-    let batches = BATCHES.iter().enumerate().filter(|(_, batch)| batch.can_run(peers));
     let (waiting, failed, lines) = (Mutex::new(batches), Mutex::new(Vec::new()), Mutex::new(String::new()));
     let next = || waiting.lock().expect("no lane panics").next();
     let lane = || {

@@ -43,6 +43,9 @@ enum Command {
     },
     /// Runs the tests that need KVM, in a test host where this machine has none
     TestKvm {
+        /// Only the batches whose names contain one of these
+        #[arg(value_name = "NAME")]
+        only: Vec<String>,
         /// Where KVM works: with this cargo-nextest, and the tests as they were listed last
         #[arg(long, value_name = "NEXTEST", hide = true)]
         here: Option<PathBuf>,
@@ -85,10 +88,10 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Command::Setup => {}
         Command::Demo => demo::run(&installation)?,
         Command::Test { arguments } => test::test(&installation, &arguments)?,
-        Command::TestKvm { here: Some(nextest), batch } => {
+        Command::TestKvm { here: Some(nextest), batch, .. } => {
             return kvm_tests::test_as_prepared(&installation, &nextest, batch);
         }
-        Command::TestKvm { here: None, .. } => kvm_tests::test(&installation)?,
+        Command::TestKvm { here: None, only, .. } => kvm_tests::test(&installation, &only)?,
         Command::Results { file } => {
             let file = file.unwrap_or_else(|| results::Results::path(&installation));
             print!("{}", results::Results::read(&file)?.to_markdown(&[]));

@@ -22,5 +22,5 @@ pub fn test(installation: &Installation, arguments: &[String]) -> Result<()> {
     let mut tests = Command::new(nextest);
     tests.args(["nextest", "run", "--release", "--workspace"]).args(arguments).current_dir(Installation::workspace());
     step("cargo nextest run", || run(&mut tests))?;
-    if arguments.is_empty() { kvm_tests::test(installation) } else { Ok(()) }
+    if arguments.is_empty() { kvm_tests::test(installation, &[]) } else { Ok(()) }
 }

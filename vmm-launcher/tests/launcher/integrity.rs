@@ -1,6 +1,6 @@
 //! What goes through a guest's devices arrives as it was sent, under load and in both directions.
 //!
-//! `$CAISSON_TEST_MIB` says how much that is. Unless it does: 128 MiB each way through our own disks, vsock and shared
+//! `$CAISSON_TEST_MIB` says how much that is. Unless it does: 1 GiB each way through our own disks, vsock and shared
 //! directories, and 64 MiB through what is others' or less of a part.
 
 use std::{
@@ -34,7 +34,7 @@ for_backend!(builtin_only, Builtin, a_share_keeps_every_byte, a_share_of_the_vmm
 
 /// How much goes each way, in MiB, through what is `backend`'s own.
 pub fn mib(backend: Backend) -> usize {
-    let usual = if backend == Backend::Builtin { 128 } else { LITTLE_MIB };
+    let usual = if backend == Backend::Builtin { 1024 } else { LITTLE_MIB };
     wanted_mib().unwrap_or(usual)
 }
 
