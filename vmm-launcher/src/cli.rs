@@ -104,9 +104,13 @@ pub fn main<H: Hypervisor>() -> ExitCode {
     }
 }
 
+/// Of threads that wait for the host. Too small for a huge page, which a host that has them for everything would give it.
+const STACK_BYTES: usize = 512 << 10;
+
 fn execute<H: Hypervisor>(command: Command) -> anyhow::Result<ExitCode> {
     // One thread: children ask to die with the thread that starts them.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_all().thread_stack_size(STACK_BYTES).build()?;
     let code = match command {
         Command::Serve => runtime.block_on(serve::serve::<H>()).map(|()| ExitCode::SUCCESS),
         Command::Run(arguments) => runtime.block_on(run::run::<H>(*arguments)),

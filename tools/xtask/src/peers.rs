@@ -1,4 +1,4 @@
-//! Other people's hypervisors, which take part in the KVM tests where their programs are found.
+//! Other people's hypervisors, which take part in KVM tests and benches where their programs are found.
 
 use std::{
     env, fs,
@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use caisson_testbed::Installation;
 
 /// A folder of programs, each named as its hypervisor; the PATH unless it is set.
-const FOLDER: &str = "CAISSON_HYPERVISORS";
+pub const FOLDER: &str = "CAISSON_HYPERVISORS";
 /// As their launchers call them.
 pub const NAMES: [&str; 3] = ["cloud-hypervisor", "firecracker", "stratovirt"];
 

@@ -15,7 +15,10 @@ use std::{env, io::stdout, time::Duration};
 use anyhow::{Result, ensure};
 use caisson_testbed::Installation;
 
-use crate::test_host::{Clock, Image, Machine, Task, TestHost};
+use crate::{
+    peers::{self, Peers},
+    test_host::{Clock, Image, Machine, Task, TestHost},
+};
 
 /// The test host for measurements.
 const MACHINE: Machine = Machine { clock: Clock::Instructions, memory_mib: 4096 };
@@ -66,8 +69,9 @@ pub fn run(installation: &Installation, command: &Command) -> Result<()> {
 /// The same command, without the clock.
 fn run_in_test_host(installation: &Installation) -> Result<()> {
     let program = installation.programs.join("xtask").display().to_string();
+    let folder = format!("{}={}", peers::FOLDER, Peers::find(installation)?.folder.display());
     let arguments = env::args().skip(1).filter(|argument| !["--icount", "--no-setup"].contains(&argument.as_str()));
-    let shell = ["sh", "-c", IN_MEMORY].map(str::to_owned).into_iter();
+    let shell = ["env", &folder, "sh", "-c", IN_MEMORY].map(str::to_owned).into_iter();
     let command: Vec<String> =
         shell.chain([program, "--no-setup".to_owned()]).chain(arguments).chain(["--prepared".to_owned()]).collect();
     let host = TestHost::new(installation, Image::build(Image::SUITE)?, MACHINE)?;

@@ -12,9 +12,8 @@ use caisson_testbed::Installation;
 use serde_json::json;
 
 use super::guest::{Guest, PARAMETERS};
+use crate::peers;
 
-/// A folder of hypervisors' programs.
-const FOLDER: &str = "CAISSON_HYPERVISORS";
 /// The one that the others are held against.
 pub const OURS: &str = "builtin";
 
@@ -37,7 +36,7 @@ impl Candidate {
         }
         all.push(Self::new("qemu microvm", installation.qemu.clone(), qemu(guest, "microvm,pit=on,pic=on,rtc=on")));
         all.push(Self::new("qemu q35", installation.qemu.clone(), qemu(guest, "q35")));
-        let Some(programs) = env::var_os(FOLDER).map(PathBuf::from) else { return Ok(all) };
+        let Some(programs) = env::var_os(peers::FOLDER).map(PathBuf::from) else { return Ok(all) };
         for (name, arguments) in [
             ("firecracker", firecracker(guest, folder)?),
             ("cloud-hypervisor", cloud_hypervisor(guest)),
