@@ -72,6 +72,7 @@ impl Machine {
 
     /// Stops the vCPUs and waits for nobody; what the VM has goes with the process.
     pub fn abandon(self) {
+        self.serial.send_rest();
         self.vcpus.abandon();
         std::mem::forget(self);
     }

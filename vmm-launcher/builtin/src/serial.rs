@@ -1,4 +1,4 @@
-//! The serial console: a 16550 whose line is the console's socket.
+//! The serial console: a 16550 whose line is the console's socket. What the guest writes byte by byte goes there by lines.
 
 use std::{
     io::{self, Write},
@@ -7,15 +7,16 @@ use std::{
         unix::net::UnixStream,
     },
     sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
 };
 
 use caisson_vmm_launcher::{Error, Result};
 use nix::{
     errno::Errno,
-    sys::socket::{MsgFlags, recv},
+    sys::socket::{MsgFlags, recv, send},
 };
 use vm_superio::{Serial as Uart, Trigger, serial::SerialEvents};
-use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
+use vmm_sys_util::{epoll::EventSet, eventfd::EventFd, timerfd::TimerFd};
 
 use crate::{
     bus::BusDevice,
@@ -24,8 +25,13 @@ use crate::{
 
 /// As many ports as a 16550 has.
 pub const REGISTERS: u16 = 8;
-/// The token of the only descriptor.
+/// A line that gets longer goes to the console in pieces.
+const LINE_BYTES: usize = 256;
+/// When a line goes there that the guest has not ended, such as a prompt.
+const PATIENCE: Duration = Duration::from_millis(5);
+/// The tokens of the descriptors.
 const INPUT: u32 = 0;
+const TIMER: u32 = 1;
 
 /// The console's serial port.
 pub struct Serial {
@@ -46,7 +52,12 @@ struct Interrupt(EventFd);
 struct Drained(Arc<Input>);
 
 /// Where output goes.
-struct Line(UnixStream);
+struct Line {
+    socket: UnixStream,
+    unsent: Vec<u8>,
+    timer: TimerFd,
+    timer_runs: bool,
+}
 
 impl Serial {
     /// A port that interrupts by `interrupt`, with the console at the other end of `socket`.
@@ -56,7 +67,9 @@ impl Serial {
     pub fn new(socket: OwnedFd, interrupt: EventFd, watcher: Watcher) -> Result<Self> {
         let make = || {
             let socket = UnixStream::from(socket);
-            let line = Line(socket.try_clone()?);
+            let timer = TimerFd::new()?;
+            watcher.add(timer.as_raw_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED, TIMER)?;
+            let line = Line { socket: socket.try_clone()?, unsent: Vec::new(), timer, timer_runs: false };
             let input = Arc::new(Input { socket, watcher, waits: Mutex::new(false) });
             input.wait(true)?;
             let uart = Uart::with_events(Interrupt(interrupt), Drained(input.clone()), line);
@@ -67,7 +80,15 @@ impl Serial {
 
     /// Ends a write that nobody takes, and all that follow.
     pub fn hang_up(&self) {
+        self.send_rest();
         let _ = self.input.socket.shutdown(std::net::Shutdown::Both);
+    }
+
+    /// Sends what it has of the line that the guest has not ended, if that can be done at once.
+    pub fn send_rest(&self) {
+        if let Ok(mut uart) = self.uart.try_lock() {
+            uart.writer_mut().send_now();
+        }
     }
 
     fn uart(&self) -> MutexGuard<'_, Uart<Interrupt, Drained, Line>> {
@@ -92,8 +113,13 @@ impl BusDevice for Serial {
 }
 
 impl Handler for Serial {
-    fn ready(&self, _: u32, _: EventSet) {
+    fn ready(&self, token: u32, _: EventSet) {
         let mut uart = self.uart();
+        if token == TIMER {
+            let line = uart.writer_mut();
+            line.timer_runs = false;
+            return line.send_now();
+        }
         let mut typed = [0; 64];
         let room = uart.fifo_capacity().min(typed.len());
         if room == 0 {
@@ -147,9 +173,32 @@ impl SerialEvents for Drained {
     }
 }
 
+impl Line {
+    /// Does not wait for the console: what it does not take now goes with what the guest writes next.
+    fn send_now(&mut self) {
+        if self.unsent.is_empty() {
+            return;
+        }
+        match send(self.socket.as_raw_fd(), &self.unsent, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+            Ok(count) => drop(self.unsent.drain(..count)),
+            Err(Errno::EAGAIN) => {}
+            Err(_) => self.unsent.clear(),
+        }
+    }
+}
+
 impl Write for Line {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.write(bytes)
+        self.unsent.extend(bytes);
+        if bytes.ends_with(b"\n") || self.unsent.len() >= LINE_BYTES {
+            let sent = self.socket.write_all(&self.unsent);
+            self.unsent.clear();
+            sent?;
+        } else if !self.timer_runs {
+            self.timer.reset(PATIENCE, None)?;
+            self.timer_runs = true;
+        }
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -183,6 +232,27 @@ mod tests {
         let mut heard = [0];
         console.read_exact(&mut heard).unwrap();
         assert_eq!(&heard, b"x");
+    }
+
+    #[test]
+    fn a_line_goes_to_the_console_at_its_end() {
+        let (near, far) = UnixStream::pair().unwrap();
+        // Nobody looks at the timer.
+        let event_loop = EventLoop::new().unwrap();
+        let serial = Serial::new(far.into(), EventFd::new(0).unwrap(), event_loop.watcher()).unwrap();
+        near.set_nonblocking(true).unwrap();
+        let mut console = &near;
+        let mut heard = [0; 2 * LINE_BYTES];
+        b"hello".iter().for_each(|byte| serial.write(0, &[*byte]));
+        assert_eq!(console.read(&mut heard).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        serial.write(0, b"\n");
+        assert_eq!(console.read(&mut heard).unwrap(), 6);
+        (0..LINE_BYTES).for_each(|_| serial.write(0, b"x"));
+        assert_eq!(console.read(&mut heard).unwrap(), LINE_BYTES);
+        serial.write(0, b"$");
+        serial.hang_up();
+        assert_eq!(console.read(&mut heard).unwrap(), 1);
+        assert_eq!(console.read(&mut heard).unwrap(), 0);
     }
 
     #[test]

@@ -40,7 +40,7 @@ impl Candidate {
         for (name, arguments) in [
             ("firecracker", firecracker(guest, folder)?),
             ("cloud-hypervisor", cloud_hypervisor(guest)),
-            ("stratovirt", stratovirt(guest)),
+            ("stratovirt", stratovirt(guest, folder)),
         ] {
             let program = programs.join(name);
             if program.exists() {
@@ -101,11 +101,14 @@ fn cloud_hypervisor(guest: &Guest) -> Vec<String> {
     strings(&[&devices[..], &["--kernel", &kernel, "--initramfs", &initrd, "--cmdline", PARAMETERS]].concat())
 }
 
-fn stratovirt(guest: &Guest) -> Vec<String> {
+/// It asks for a control socket.
+fn stratovirt(guest: &Guest, folder: &Path) -> Vec<String> {
     let memory = format!("{}M", guest.memory_mib);
+    let control = format!("unix:{},server,nowait", path(&folder.join("stratovirt.sock")));
     let (kernel, initrd) = (path(&guest.bz_image), path(&guest.initrd));
     let devices = ["-machine", "microvm", "-smp", "1", "-m", &memory, "-serial", "file,path=/dev/stdout"];
-    strings(&[&devices[..], &["-kernel", &kernel, "-initrd", &initrd, "-append", PARAMETERS]].concat())
+    let guest = ["-kernel", &kernel, "-initrd", &initrd, "-append", PARAMETERS, "-qmp", &control];
+    strings(&[&devices[..], &guest].concat())
 }
 
 fn path(path: &Path) -> String {
