@@ -21,7 +21,7 @@ use toml::Value;
 use crate::{
     installation::Installation,
     keys,
-    problem::{describe, nearest, quote},
+    problem::{describe, nearest, quote_reason},
     watch::{Stamp, Watch},
 };
 
@@ -292,7 +292,7 @@ async fn ask<T: DeserializeOwned>(program: &Path, question: &[&str]) -> Result<T
     let status = status.map_err(|error| error.to_string())?;
     if !status.success() {
         let words = String::from_utf8_lossy(&stderr);
-        return Err(format!("{status}: {}", quote(words.trim())));
+        return Err(format!("{status}: {}", quote_reason(&words)));
     }
     serde_json::from_slice(&stdout).map_err(|error| format!("the answer is not what was asked for: {error}"))
 }

@@ -10,6 +10,8 @@ use std::{
 const MAX_TOLD: usize = 100;
 /// How much of a value a message repeats, in characters.
 const MAX_QUOTED: usize = 80;
+/// How much of a program's own words a message shows, in characters.
+const MAX_REASON: usize = 1000;
 
 /// Where something is written. Ordered as it takes effect.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -51,7 +53,7 @@ impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File { line, column, file, .. } => write!(f, "{}:{line}:{column}", file.display()),
-            Self::Annotation(name) => write!(f, "annotation {}", bounded(name)),
+            Self::Annotation(name) => write!(f, "annotation {}", bounded(name, MAX_QUOTED)),
         }
     }
 }
@@ -200,14 +202,29 @@ pub(crate) fn describe(value: &toml::Value) -> String {
 
 /// A text as a message shows it: in quotes, on one line, and not too long.
 pub(crate) fn quote(text: &str) -> String {
-    format!("\"{}\"", bounded(text))
+    format!("\"{}\"", bounded(text, MAX_QUOTED))
+}
+
+/// What a program said of its failure, as a message shows it: nothing of the reason may be missing.
+pub(crate) fn quote_reason(text: &str) -> String {
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    format!("\"{}\"", bounded(&lines.join("; "), MAX_REASON))
 }
 
 /// A text on one line, and not too long.
-fn bounded(text: &str) -> String {
-    let shown: String = text.chars().take(MAX_QUOTED).flat_map(char::escape_debug).collect();
-    let ellipsis = if text.chars().nth(MAX_QUOTED).is_some() { "…" } else { "" };
-    format!("{shown}{ellipsis}")
+fn bounded(text: &str, limit: usize) -> String {
+    let mut shown = String::new();
+    for character in text.chars().take(limit) {
+        match character {
+            // These marks are not ours.
+            '\'' => shown.push('\''),
+            character => shown.extend(character.escape_debug()),
+        }
+    }
+    if text.chars().nth(limit).is_some() {
+        shown.push('…');
+    }
+    shown
 }
 
 #[cfg(test)]

@@ -348,11 +348,14 @@ beyond!(a_launcher_that_does_not_know_what_it_can_do_is_reported:
 async fn a_hypervisor_that_cannot_run_here_says_why() {
     let host = Host::new();
     host.configure("");
-    host.program("bin/caisson-vmm-qemu", "[ $1 = options ] && echo '[]' || { echo 'no /dev/kvm' >&2; exit 1; }");
+    host.program("bin/caisson-vmm-qemu", r#"[ $1 = options ] && echo '[]' && exit
+printf "caisson-vmm-qemu: /usr/bin/qemu-system-x86_64 (pid 7) exited with status 1: it said:\n  it's without /dev/kvm\n" >&2
+exit 1"#);
     assert_eq!(
         host.resolve().await.unwrap_err(),
         ["DIR/etc/configuration.toml:1:13: hypervisor.qemu: ask DIR/bin/caisson-vmm-qemu what it can do: \
-          exit status: 1: \"no /dev/kvm\""]
+          exit status: 1: \"caisson-vmm-qemu: /usr/bin/qemu-system-x86_64 (pid 7) exited with status 1: it said:; \
+          it's without /dev/kvm\""]
     );
 }
 

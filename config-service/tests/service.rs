@@ -79,6 +79,33 @@ async fn the_first_call_starts_the_service_and_the_second_finds_it() {
     assert_eq!((first.len(), services(&host)), (1, first));
 }
 
+/// With systemd's own program for trying units, where there is one.
+#[tokio::test]
+async fn the_socket_that_systemd_made_starts_the_service_with_the_first_call() {
+    let host = Host::new();
+    let file = host.configure("default_vcpus = 2");
+    let (_, _started) = (host.service(), Started(&host));
+    let socket = host.path("run/config.sock");
+    let mut systemd = Command::new("systemd-socket-activate");
+    systemd.arg("--inetd").arg("--listen").arg(&socket).arg(host.path("bin/caisson-config-service")).arg("serve");
+    let mut activator = match systemd.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn() {
+        Ok(activator) => activator,
+        Err(error) => return eprintln!("skipped: execute systemd-socket-activate: {error}"),
+    };
+    let mut said = BufReader::new(activator.stderr.take().unwrap());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    assert!(line.starts_with("Listening on "), "{line}");
+    assert_eq!(services(&host), []);
+
+    // Without a program of its own to start.
+    let service = ConfigService::new(&socket, Vec::new());
+    assert_eq!(ask(&service, &file).await.unwrap().vm.vcpus, 2);
+    assert_eq!(services(&host), [Pid::from_raw(activator.id().cast_signed())]);
+    activator.kill().unwrap();
+    activator.wait().unwrap();
+}
+
 #[tokio::test]
 async fn racing_first_calls_start_one_service() {
     let host = Host::new();

@@ -16,7 +16,7 @@ mod program;
 mod terminal;
 mod vmm_program;
 
-use std::process::ExitCode;
+use std::{io, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
@@ -78,7 +78,7 @@ async fn main() -> ExitCode {
         // Whoever read our output has seen enough.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("caisson: {error:#}");
+            eprintln!("caisson: {error:#}{}", remedy(&error, nix::unistd::geteuid().is_root()));
             ExitCode::FAILURE
         }
     }
@@ -102,7 +102,14 @@ async fn run(command: Command, format: Format) -> anyhow::Result<ExitCode> {
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// What to do about it, as the end of a sentence, where that is certain.
+fn remedy(error: &anyhow::Error, is_root: bool) -> &'static str {
+    let is_denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+    let denied = error.chain().filter_map(|cause| cause.downcast_ref()).any(is_denied);
+    if denied && !is_root { "; run this as root" } else { "" }
 }
 
 #[cfg(test)]
@@ -114,6 +121,14 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn who_may_not_is_told_to_become_root() {
+        let denied = anyhow::Error::new(io::Error::from(io::ErrorKind::PermissionDenied)).context("install /usr/bin/x");
+        assert_eq!(remedy(&denied, false), "; run this as root");
+        assert_eq!(remedy(&denied, true), "");
+        assert_eq!(remedy(&anyhow::Error::new(io::Error::from(io::ErrorKind::NotFound)), false), "");
     }
 
     #[test]

@@ -273,6 +273,18 @@ fn a_package_is_installed_twice_without_a_change_and_uninstalled_without_a_rest(
 }
 
 #[test]
+fn an_installation_that_cannot_be_registered_leaves_nothing_half_done() {
+    let host = Host::new();
+    let (config, prefix) = (host.path("containerd.toml"), host.path("prefix"));
+    fs::write(&config, "version = 2\nplugins = [\n").unwrap();
+    let refused = host.refusal(&["install", "--prefix", text(&prefix), "--containerd-config", text(&config)]);
+    let expected =
+        format!("caisson: register with containerd in {}: it is no TOML: line 2: unclosed array", config.display());
+    assert!(refused.starts_with(&expected), "{refused}");
+    assert!(!prefix.exists());
+}
+
+#[test]
 fn what_an_installation_leaves_out_is_named() {
     let host = Host::new();
     fs::remove_file(host.path("bin/containerd-shim-caisson-v2")).unwrap();

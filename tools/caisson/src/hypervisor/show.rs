@@ -46,7 +46,7 @@ fn not_installed(installation: &Installation, name: &str) -> String {
         return format!("caisson-vmm-{name} is not installed: looked in {}", dirs.join(", "));
     }
     let names: Vec<_> = known::ALL.iter().map(|known| known.name).collect();
-    format!("there is no hypervisor \"{}\": {}", name.escape_debug(), names.join(", "))
+    format!("there is no hypervisor \"{}\"; accepted: {}", name.escape_debug(), names.join(", "))
 }
 
 fn text(shown: &Shown) -> String {

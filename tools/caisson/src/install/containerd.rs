@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
-use toml_edit::{Array, DocumentMut, Item, Table, TableLike, value};
+use anyhow::{Context, anyhow, bail};
+use toml_edit::{Array, DocumentMut, Item, Table, TableLike, TomlError, value};
 
 use super::runtimes::Runtime;
 
@@ -65,6 +65,13 @@ impl Format {
     }
 }
 
+fn parse(text: &str) -> anyhow::Result<DocumentMut> {
+    text.parse().map_err(|error: TomlError| {
+        let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+        anyhow!("it is no TOML: line {line}: {}", error.message().replace('\n', ", "))
+    })
+}
+
 /// The text with the runtimes in it.
 #[derive(Debug)]
 pub(super) struct Registration {
@@ -76,7 +83,7 @@ pub(super) struct Registration {
 /// Adds `runtimes` to `text`, and takes away others of ours; a new file gets the form `new`. Everything else stays as
 /// it is, comments too.
 pub(super) fn register(text: &str, new: Format, runtimes: &[Runtime]) -> anyhow::Result<Registration> {
-    let mut document: DocumentMut = text.parse().context("it is no TOML")?;
+    let mut document: DocumentMut = parse(text)?;
     let format = match Format::of_file(&document)? {
         Some(format) => format,
         None => {
@@ -100,7 +107,7 @@ pub(super) fn register(text: &str, new: Format, runtimes: &[Runtime]) -> anyhow:
 
 /// Takes every runtime of ours away.
 pub(super) fn unregister(text: &str) -> anyhow::Result<Registration> {
-    let mut document: DocumentMut = text.parse().context("it is no TOML")?;
+    let mut document: DocumentMut = parse(text)?;
     let Some(format) = Format::of_file(&document)? else {
         return Ok(Registration { text: text.to_owned(), notes: Vec::new() });
     };
@@ -126,7 +133,7 @@ pub(crate) struct Registered {
 
 /// The runtimes of ours in `text`, in either form.
 pub(crate) fn registered(text: &str) -> anyhow::Result<Vec<Registered>> {
-    let document: DocumentMut = text.parse().context("it is no TOML")?;
+    let document: DocumentMut = parse(text)?;
     let tables = [Format::Two, Format::Three].into_iter().filter_map(|format| {
         document.get("plugins")?.get(format.plugin())?.get("containerd")?.get("runtimes")?.as_table_like()
     });

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use serde::Serialize;
 use similar::TextDiff;
 
@@ -42,10 +42,13 @@ impl Edited {
 
 /// None when there is no such file.
 pub(super) fn read(file: &Path) -> anyhow::Result<Option<String>> {
-    match fs::read_to_string(file) {
-        Ok(text) => Ok(Some(text)),
+    let attempt = || format!("read {}", file.display());
+    match fs::metadata(file) {
+        // A fifo would be waited for.
+        Ok(metadata) if !metadata.is_file() => bail!("read {}: not a file", file.display()),
+        Ok(_) => fs::read_to_string(file).with_context(attempt).map(Some),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("read {}", file.display())),
+        Err(error) => Err(error).with_context(attempt),
     }
 }
 

@@ -72,14 +72,19 @@ pub(crate) async fn run(arguments: Arguments, format: Format) -> anyhow::Result<
 
     let artifacts = artifacts::all(&installation, &source, &prefix).await?;
     let known = Record::load(&destination, &prefix)?;
+    let mut notes = artifacts.notes;
+    // Before the first file is written, so that a containerd that cannot be registered with leaves nothing half done.
+    let registered = match (arguments.no_containerd, &arguments.destdir) {
+        (true, _) | (_, Some(_)) => None,
+        (false, None) => register(&arguments, &installation, &prefix, &mut notes).await?,
+    };
     let mut placed = Vec::new();
     for artifact in &artifacts.files {
         placed.push(destination.place(artifact, known.digest_of(&artifact.path))?);
     }
-    let mut notes = artifacts.notes;
-    let containerd = match (arguments.no_containerd, &arguments.destdir) {
-        (true, _) | (_, Some(_)) => None,
-        (false, None) => register(&arguments, &installation, &prefix, &mut notes).await?,
+    let containerd = match registered {
+        Some(edit) => Some(edit::apply(&edit.file, edit.before, edit.after, arguments.dry_run)?),
+        None => None,
     };
     let config = containerd.as_ref().map(|edited| edited.file.clone()).or(known.containerd_config.clone());
     Record::of(&artifacts.files, &placed, config).save(&destination, &prefix)?;
@@ -102,15 +107,22 @@ fn absolute_prefix(prefix: &Path) -> anyhow::Result<PathBuf> {
     Ok(prefix.to_owned())
 }
 
+/// What containerd's configuration is to become.
+struct Edit {
+    file: PathBuf,
+    before: Option<String>,
+    after: String,
+}
+
 /// None, with a note, where there is no containerd to register with.
 async fn register(
     arguments: &Arguments,
     installation: &Installation,
     prefix: &Path,
     notes: &mut Vec<String>,
-) -> anyhow::Result<Option<Edited>> {
-    let file = &arguments.containerd_config;
-    let before = edit::read(file)?;
+) -> anyhow::Result<Option<Edit>> {
+    let file = std::path::absolute(&arguments.containerd_config).context("find containerd's configuration")?;
+    let before = edit::read(&file)?;
     let version = match program::find(&installation.program_dirs, "containerd") {
         Some(containerd) => Some(program::version(&containerd).await?),
         None => None,
@@ -132,7 +144,7 @@ async fn register(
         let folder = "/usr/local/bin";
         notes.push(format!("containerd 1.6 ignores runtime_path: ln -s {} {folder}", shim.display()));
     }
-    Ok(Some(edit::apply(file, before, registration.text, arguments.dry_run)?))
+    Ok(Some(Edit { file, before, after: registration.text }))
 }
 
 fn next_steps(prefix: &Path, placed: &[Placed], containerd: Option<&Edited>, is_package: bool) -> Vec<String> {

@@ -77,8 +77,9 @@ fn drop_ins(dir: &Path) -> io::Result<Vec<PathBuf>> {
 
 fn read_table(file: &Path) -> anyhow::Result<Table> {
     let attempt = || format!("read {}", file.display());
-    let length = fs::metadata(file).with_context(attempt)?.len();
-    anyhow::ensure!(length <= MAX_FILE, "read {}: longer than 1 MiB", file.display());
+    let metadata = fs::metadata(file).with_context(attempt)?;
+    anyhow::ensure!(metadata.is_file(), "read {}: not a file", file.display());
+    anyhow::ensure!(metadata.len() <= MAX_FILE, "read {}: longer than 1 MiB", file.display());
     let text = fs::read_to_string(file).with_context(attempt)?;
     text.parse::<Table>().map_err(|error| {
         let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
@@ -150,6 +151,14 @@ mod tests {
             "[hypervisor.dragonball]\n[hypervisor.qemu]\n[runtime]\nhypervisor_name = \"qemu\"\n",
         )]);
         assert_eq!(read(&dir.path().join("configuration.toml")).unwrap().hypervisor.as_deref(), Some("qemu"));
+    }
+
+    #[test]
+    fn a_fifo_is_not_waited_for() {
+        let dir = written(&[]);
+        let fifo = dir.path().join("configuration.toml");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(read(&fifo).unwrap_err().to_string(), format!("read {}: not a file", fifo.display()));
     }
 
     #[test]
