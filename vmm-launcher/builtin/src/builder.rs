@@ -1,6 +1,6 @@
 //! How a VM starts: one recipe, which ends with the guest before its first instruction.
 
-use std::{os::fd::OwnedFd, path::Path, sync::Arc};
+use std::{os::fd::OwnedFd, path::Path, sync::Arc, thread};
 
 use caisson_protocol::vmm::VmConfig;
 use caisson_vmm_launcher::{Error, Result, virtiofsd::Virtiofsd};
@@ -8,10 +8,14 @@ use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
-    arch::{self, acpi, kernel, layout},
+    arch::{
+        self, acpi,
+        kernel::{self, Entry},
+        layout,
+    },
     devices::{Devices, Made, NamedDevice},
     ending::Ending,
-    event_loop::EventLoop,
+    event_loop::{EventLoop, STACK_BYTES},
     machine::{Attached, Machine},
     memory::{self, GuestMemory, Pages},
     options::Options,
@@ -40,7 +44,7 @@ pub struct Parts<'a> {
     pub console: OwnedFd,
     /// Where the VM's end is told.
     pub ending: &'a Ending,
-    /// What the threads that carry out the guest's wishes submit to, if they do.
+    /// What the threads that carry out the guest's wishes are confined by, if they are.
     pub filter: Option<Filter>,
     /// Gets the processes that the VM's devices need.
     pub file_servers: &'a mut Vec<Virtiofsd>,
@@ -52,15 +56,10 @@ pub struct Parts<'a> {
 /// When anything of it cannot be had; nothing of it is left then.
 pub fn build_vm(config: &VmConfig, parts: Parts<'_>) -> Result<(Machine, Vec<String>)> {
     let kvm = open_kvm()?;
-    let mut memory = memory::allocate_as(config.memory_mib, Pages::of(config))?;
-    let ram = memory.clone();
-    // Their processes start while the kernel is loaded.
     let devices = Devices::new(parts.options, parts.run_dir, parts.file_servers);
-    let Made { devices, addresses, balloon } = devices.make(config, &mut memory)?;
-    let entry = kernel::load(config, &kernel_parameters(config), &ram)?;
-    acpi::write(&memory, config.vcpus, devices.len() as u32)?;
+    let (vm, content) = create_vm_while(&kvm, || Content::make(config, devices))?;
+    let Content { memory, entry, devices: Made { devices, addresses, balloon } } = content;
 
-    let vm = kvm.create_vm().map_err(|error| Error::host("make a VM with /dev/kvm")(error.into()))?;
     memory::give_to_kvm(&memory, &vm)?;
     arch::create_interrupt_controllers(&vm)?;
     let vcpus = arch::create_vcpus(&kvm, &vm, config.vcpus, entry)?;
@@ -71,9 +70,58 @@ pub fn build_vm(config: &VmConfig, parts: Parts<'_>) -> Result<(Machine, Vec<Str
     let button = interrupt_line(&vm, layout::BUTTON_INTERRUPT)?;
     add_power(parts.ending, &mut buses);
 
-    let vcpus = Vcpus::start(vcpus, Arc::new(buses), parts.ending, parts.filter.as_ref())?;
-    let device_thread = event_loop.start(parts.filter)?;
+    Vcpus::catch_kicks()?;
+    let (vcpus, device_thread) =
+        confined(parts.filter, || Ok((Vcpus::start(vcpus, Arc::new(buses), parts.ending)?, event_loop.start()?)))?;
     Ok((Machine { vcpus, device_thread, attached, balloon, serial, button, vm, memory }, addresses))
+}
+
+/// What a VM is made of that KVM has no part in.
+struct Content {
+    memory: GuestMemory,
+    entry: Entry,
+    devices: Made,
+}
+
+impl Content {
+    fn make(config: &VmConfig, devices: Devices<'_>) -> Result<Self> {
+        let mut memory = memory::allocate_as(config.memory_mib, Pages::of(config))?;
+        let ram = memory.clone();
+        // Their processes start while the kernel is loaded.
+        let devices = devices.make(config, &mut memory)?;
+        let entry = kernel::load(config, &kernel_parameters(config), &ram)?;
+        acpi::write(&memory, config.vcpus, devices.devices.len() as u32)?;
+        Ok(Self { memory, entry, devices })
+    }
+}
+
+/// An empty VM, and what `make` makes meanwhile: KVM starts a kernel thread for each VM and waits until all processors know of
+/// it (`kvm_vm_create_worker_thread` in virt/kvm/kvm_main.c), which takes longer than the rest.
+fn create_vm_while<T>(kvm: &Kvm, make: impl FnOnce() -> Result<T>) -> Result<(VmFd, T)> {
+    let failed = |error| Error::host("make a VM with /dev/kvm")(error);
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().stack_size(STACK_BYTES);
+        let vm = thread.spawn_scoped(scope, || kvm.create_vm()).map_err(failed)?;
+        let made = make()?;
+        let vm = vm.join().expect("it makes one system call");
+        Ok((vm.map_err(|error| failed(error.into()))?, made))
+    })
+}
+
+/// What `start` answers, whose threads have all submitted to `filter`: they inherit it from one that did. Making the kernel take
+/// it costs more than starting them.
+fn confined<T: Send>(filter: Option<Filter>, start: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let Some(filter) = filter else { return start() };
+    thread::scope(|scope| {
+        let first = thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, || {
+            filter.submit();
+            start()
+        });
+        first
+            .map_err(Error::host("start the VM's threads"))?
+            .join()
+            .expect("it starts threads, which may fail, and no more")
+    })
 }
 
 fn open_kvm() -> Result<Kvm> {

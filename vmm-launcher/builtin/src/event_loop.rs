@@ -16,14 +16,12 @@ use vmm_sys_util::{
     eventfd::{EFD_NONBLOCK, EventFd},
 };
 
-use crate::seccomp::Filter;
-
 /// As many events as one wait brings.
 const BATCH: usize = 32;
 /// The number of no handler: tells the thread to end.
 const END: u64 = u64::MAX;
-/// Devices keep their buffers on the heap.
-const STACK_BYTES: usize = 256 << 10;
+/// For every thread of the VM: devices keep their buffers on the heap.
+pub const STACK_BYTES: usize = 256 << 10;
 
 /// Owns descriptors that the loop watches.
 pub trait Handler: Send + Sync {
@@ -77,21 +75,16 @@ impl EventLoop {
         self.handlers.push(handler);
     }
 
-    /// Starts the thread, which submits to `filter`.
+    /// Starts the thread.
     ///
     /// # Errors
     /// When the host refuses one.
-    pub fn start(self, filter: Option<Filter>) -> Result<DeviceThread> {
+    pub fn start(self) -> Result<DeviceThread> {
         let start = || {
             let end = EventFd::new(EFD_NONBLOCK)?;
             self.epoll.ctl(ControlOperation::Add, end.as_raw_fd(), EpollEvent::new(EventSet::IN, END))?;
             let thread = std::thread::Builder::new().name("devices".into()).stack_size(STACK_BYTES);
-            let thread = thread.spawn(move || {
-                if let Some(filter) = filter {
-                    filter.submit();
-                }
-                run(&self.epoll, &self.handlers);
-            })?;
+            let thread = thread.spawn(move || run(&self.epoll, &self.handlers))?;
             Ok(DeviceThread { end, thread: Some(thread) })
         };
         start().map_err(Error::host("start the device thread"))
@@ -146,7 +139,7 @@ mod tests {
         event_loop.push(Arc::new(Tell(channel().0)));
         let watcher = event_loop.watcher();
         event_loop.push(Arc::new(Tell(tell)));
-        let _thread = event_loop.start(None).unwrap();
+        let _thread = event_loop.start().unwrap();
         let descriptor = EventFd::new(EFD_NONBLOCK).unwrap();
         watcher.add(descriptor.as_raw_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED, 7).unwrap();
         descriptor.write(1).unwrap();

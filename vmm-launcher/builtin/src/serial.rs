@@ -222,7 +222,7 @@ mod tests {
         event_loop.push(serial.clone());
         // Interrupt when data comes.
         serial.write(1, &[1]);
-        (serial, near, interrupt, event_loop.start(None).unwrap())
+        (serial, near, interrupt, event_loop.start().unwrap())
     }
 
     #[test]

@@ -28,12 +28,11 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::{
     bus::Bus,
     ending::{End, Ending},
-    seccomp::Filter,
+    event_loop::STACK_BYTES,
 };
 
 /// A vCPU leaves the guest in microseconds, or finishes what a device does for it first.
 const STAND_DEADLINE: Duration = Duration::from_secs(10);
-const STACK_BYTES: usize = 256 << 10;
 
 /// What the guest reaches by leaving to its VMM.
 #[derive(Default)]
@@ -72,15 +71,21 @@ enum Wanted {
 }
 
 impl Vcpus {
-    /// Starts a thread for each of `vcpus`, standing before its first instruction. The threads submit
-    /// to `filter`.
+    /// Has this process ready for the signal that makes vCPUs leave the guest.
+    ///
+    /// # Errors
+    /// When the host refuses its handler.
+    pub fn catch_kicks() -> Result<()> {
+        extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        register_signal_handler(SIGRTMIN(), leave_guest)
+            .map_err(|error| Error::host("set the vCPUs' signal handler")(error.into()))
+    }
+
+    /// Starts a thread for each of `vcpus`, standing before its first instruction. To be called after [`Self::catch_kicks`].
     ///
     /// # Errors
     /// When the host refuses a thread.
-    pub fn start(vcpus: Vec<VcpuFd>, buses: Arc<Buses>, ending: &Ending, filter: Option<&Filter>) -> Result<Self> {
-        extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-        register_signal_handler(SIGRTMIN(), leave_guest)
-            .map_err(|error| Error::host("set the vCPUs' signal handler")(error.into()))?;
+    pub fn start(vcpus: Vec<VcpuFd>, buses: Arc<Buses>, ending: &Ending) -> Result<Self> {
         let wanted = Mutex::new(Wanted::Stand);
         let gate = Arc::new(Gate { wanted, changed: Condvar::new(), standing: watch::Sender::new(vcpus.len()) });
         // Dropped when a later thread cannot be started.
@@ -90,15 +95,8 @@ impl Vcpus {
             let vcpu =
                 Vcpu { number, vcpu, gate: gate.clone(), buses: buses.clone(), ending: ending.clone(), booted: false };
             let thread = std::thread::Builder::new().name(format!("vcpu{number}")).stack_size(STACK_BYTES);
-            let filter = filter.cloned();
-            let handle = thread
-                .spawn(move || {
-                    if let Some(filter) = filter {
-                        filter.submit();
-                    }
-                    vcpu.live()
-                })
-                .map_err(Error::host(format!("start vCPU {number}'s thread")))?;
+            let handle =
+                thread.spawn(move || vcpu.live()).map_err(Error::host(format!("start vCPU {number}'s thread")))?;
             started.threads.push(Thread { kick, handle });
         }
         Ok(started)

@@ -76,7 +76,7 @@ impl Fixture {
         let transport = Transport::new(device, memory, line.try_clone().unwrap(), event_loop.watcher()).unwrap();
         let transport = Arc::new(transport);
         event_loop.push(transport.clone());
-        Self { transport, calls, line, _thread: event_loop.start(None).unwrap() }
+        Self { transport, calls, line, _thread: event_loop.start().unwrap() }
     }
 
     fn read(&self, register: u32) -> u32 {
