@@ -323,6 +323,39 @@ async fn use_switches_what_the_next_sandbox_gets() {
 }
 
 #[tokio::test]
+async fn while_the_configuration_is_switched_every_call_gets_one_or_the_other_whole() {
+    let host = Host::new();
+    for (hypervisor, more) in [("builtin", "default_vcpus = 1"), ("qemu", "default_vcpus = 2")] {
+        let shipped = host.installed(hypervisor, more);
+        fs::rename(&shipped, host.path("etc").join(shipped.file_name().unwrap())).unwrap();
+    }
+    let mut running = start(&host, &[]);
+    let service = host.service();
+    let switch = async |name: &str| {
+        let request = UseRequest { configuration: name.into(), ..Default::default() };
+        service.use_configuration(&request, LIMIT).await.unwrap();
+    };
+    switch("qemu").await;
+    let calls: Vec<_> = (0..200)
+        .map(|_| {
+            let service = service.clone();
+            tokio::spawn(async move { ask(&service, Path::new("")).await })
+        })
+        .collect();
+    for _ in 0..10 {
+        switch("builtin").await;
+        switch("qemu").await;
+    }
+    for call in calls {
+        let got = call.await.unwrap().unwrap();
+        let got = (got.hypervisor.as_str(), got.vm.vcpus, got.warnings.as_slice());
+        assert!([("builtin", 1, [].as_slice()), ("qemu", 2, [].as_slice())].contains(&got), "{got:?}");
+    }
+    running.kill().unwrap();
+    running.wait().unwrap();
+}
+
+#[tokio::test]
 async fn a_watcher_hears_of_every_change_and_of_nothing_else() {
     let host = Host::new();
     let file = host.configure("default_vcpus = 1");

@@ -95,7 +95,8 @@ fn memory(wanted: u64, host: host::Memory) -> Finding {
 }
 
 fn vcpus(wanted: u32, host: usize) -> Finding {
-    let found = format!("{wanted} for each sandbox; the host has {host} CPUs");
+    let cpus = if host == 1 { "CPU" } else { "CPUs" };
+    let found = format!("{wanted} for each sandbox; the host has {host} {cpus}");
     if wanted as usize > host {
         Finding::warn("vCPUs", found, "lower `default_vcpus`: vCPUs that outnumber CPUs wait for each other")
     } else {
