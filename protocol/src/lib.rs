@@ -6,6 +6,7 @@ pub mod address;
 pub mod id;
 pub mod listen;
 pub mod paths;
+pub mod processes;
 pub mod status;
 pub mod stream;
 pub mod sys;

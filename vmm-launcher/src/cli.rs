@@ -7,6 +7,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
+    guest_vsock,
     hypervisor::{Hypervisor, capabilities},
     options::with_defaults,
     run, serve,
@@ -35,6 +36,12 @@ enum Command {
         /// As JSON, for programs
         #[arg(long)]
         json: bool,
+    },
+    /// Serve the vsock of a guest; for this program itself
+    #[command(name = guest_vsock::SERVE_VSOCK, hide = true)]
+    ServeVsock {
+        /// Where host programs connect
+        socket: PathBuf,
     },
 }
 
@@ -108,10 +115,15 @@ pub fn main<H: Hypervisor>() -> ExitCode {
 const STACK_BYTES: usize = 512 << 10;
 
 fn execute<H: Hypervisor>(command: Command) -> anyhow::Result<ExitCode> {
+    if let Command::ServeVsock { socket } = command {
+        guest_vsock::serve_vsock(&socket)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     // One thread: children ask to die with the thread that starts them.
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().thread_stack_size(STACK_BYTES).build()?;
     let code = match command {
+        Command::ServeVsock { .. } => unreachable!("it needs no runtime"),
         Command::Serve => runtime.block_on(serve::serve::<H>()).map(|()| ExitCode::SUCCESS),
         Command::Run(arguments) => runtime.block_on(run::run::<H>(*arguments)),
         Command::Options => {

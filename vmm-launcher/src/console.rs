@@ -4,7 +4,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Write},
+    io::{self, Read, Write},
     os::{
         fd::OwnedFd,
         unix::{fs::OpenOptionsExt, net::UnixStream as StdUnixStream},
@@ -20,7 +20,10 @@ use std::{
 use caisson_protocol::vmm::{Device, device::Kind};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
-    net::{UnixStream, unix::OwnedWriteHalf},
+    net::{
+        UnixStream,
+        unix::{OwnedWriteHalf, pipe},
+    },
     sync::watch,
     time::timeout,
 };
@@ -65,6 +68,18 @@ pub fn log_of(devices: &[Device]) -> Option<&Path> {
     })
 }
 
+/// The end of what an earlier launcher has heard, for a VM that ended before it could be adopted; and why its kernel
+/// panicked, if it did.
+pub(crate) fn heard_before(log: Option<&Path>) -> (String, Option<String>) {
+    match Heard::before(log) {
+        Ok((_, heard)) => {
+            let tail = heard.tail.lock().expect("nobody else has it").text();
+            (tail, heard.panic.into_inner().expect("nobody else has it"))
+        }
+        Err(_) => (String::new(), None),
+    }
+}
+
 /// One guest's console.
 #[derive(Clone, Debug)]
 pub struct Console {
@@ -98,7 +113,45 @@ impl Console {
     pub fn over(connection: UnixStream, log: Option<&Path>, audience: Audience) -> Result<Self> {
         let log = log.map(Log::create).transpose()?;
         let (output, input) = connection.into_split();
-        let heard = Arc::new(Heard::default());
+        Ok(Self::listen(output, Some(input), log, Heard::default(), audience))
+    }
+
+    /// The console of an adopted VM, on a new connection: its log goes on, and what is in there was heard.
+    ///
+    /// # Errors
+    /// When the log file cannot be read and written.
+    pub fn adopt(connection: UnixStream, log: Option<&Path>) -> Result<Self> {
+        let (output, input) = connection.into_split();
+        let (log, heard) = Heard::before(log)?;
+        Ok(Self::listen(output, Some(input), log, heard, Audience::Nobody))
+    }
+
+    /// A console that the hypervisor writes to a pipe. Nobody can type there.
+    ///
+    /// # Errors
+    /// When the log file cannot be made.
+    pub fn over_pipe(output: pipe::Receiver, log: Option<&Path>) -> Result<Self> {
+        let log = log.map(Log::create).transpose()?;
+        Ok(Self::listen(output, None, log, Heard::default(), Audience::Nobody))
+    }
+
+    /// [`Self::adopt`] for one on a pipe.
+    ///
+    /// # Errors
+    /// When the log file cannot be read and written.
+    pub fn adopt_pipe(output: pipe::Receiver, log: Option<&Path>) -> Result<Self> {
+        let (log, heard) = Heard::before(log)?;
+        Ok(Self::listen(output, None, log, heard, Audience::Nobody))
+    }
+
+    fn listen(
+        output: impl AsyncRead + Unpin + Send + 'static,
+        input: Option<OwnedWriteHalf>,
+        log: Option<Log>,
+        heard: Heard,
+        audience: Audience,
+    ) -> Self {
+        let heard = Arc::new(heard);
         let (tell_drained, drained) = watch::channel(false);
         let (tell_escaped, escaped) = watch::channel(false);
         let listener = heard.clone();
@@ -107,13 +160,15 @@ impl Console {
             tell_drained.send_replace(true);
         });
         // Without a reader at the other end the guest's input stays closed.
-        tokio::spawn(async move {
-            match audience {
-                Audience::Terminal => forward_input(input, tell_escaped).await,
-                Audience::Nobody => hold(input, tell_escaped).await,
-            }
-        });
-        Ok(Self { heard, drained, escaped })
+        if let Some(input) = input {
+            tokio::spawn(async move {
+                match audience {
+                    Audience::Terminal => forward_input(input, tell_escaped).await,
+                    Audience::Nobody => hold(input, tell_escaped).await,
+                }
+            });
+        }
+        Self { heard, drained, escaped }
     }
 
     /// The last lines, at most 4 KiB.
@@ -157,6 +212,18 @@ impl Console {
 }
 
 impl Heard {
+    /// What an earlier launcher has heard, as far as the log has it, and the log to go on with.
+    fn before(path: Option<&Path>) -> Result<(Option<Log>, Self)> {
+        let heard = Self::default();
+        let Some(path) = path else { return Ok((None, heard)) };
+        let (log, text) =
+            Log::reopen(path).map_err(|source| Error::File { what: "console log", path: path.into(), source })?;
+        heard.bytes.store(text.len() as u64, Ordering::Relaxed);
+        heard.tail.lock().expect("nobody else has it").push(&text);
+        heard.look_for_panic(&mut Vec::new(), &text);
+        Ok((Some(log), heard))
+    }
+
     async fn follow(&self, mut output: impl AsyncRead + Unpin, mut log: Option<Log>, audience: Audience) {
         let mut buffer = [0; 4096];
         let mut line = Vec::new();
@@ -234,6 +301,15 @@ impl Log {
         Ok(Self { path: path.to_owned(), file, written: 0 })
     }
 
+    /// The log of an earlier launcher, and all that is in it.
+    fn reopen(path: &Path) -> io::Result<(Self, Vec<u8>)> {
+        let mut file = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)?;
+        let mut text = Vec::new();
+        (&mut file).take(2 * LOG_BYTES).read_to_end(&mut text)?;
+        let written = file.metadata()?.len();
+        Ok((Self { path: path.to_owned(), file, written }, text))
+    }
+
     fn create_file(path: &Path) -> io::Result<File> {
         OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
     }
@@ -288,6 +364,19 @@ mod tests {
         assert!(kept.ends_with(b"xend"));
         let total: u64 = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
         assert!(total <= 2 * LOG_BYTES, "{total}");
+    }
+
+    #[tokio::test]
+    async fn an_adopted_console_goes_on_with_its_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("console.log");
+        hear(Some(&log), &[b"before\n"]).await;
+        let (near, far) = pair().unwrap();
+        let console = Console::adopt(near, Some(&log)).unwrap();
+        StdUnixStream::from(far).write_all(b"after\n").unwrap();
+        console.drained().await;
+        assert_eq!(fs::read_to_string(&log).unwrap(), "before\nafter\n");
+        assert_eq!((console.tail().as_str(), console.bytes()), ("before\nafter", 13));
     }
 
     #[tokio::test]

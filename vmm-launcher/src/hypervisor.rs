@@ -4,12 +4,13 @@ use std::{future::Future, path::Path};
 
 use caisson_protocol::vmm::{
     CapabilitiesResponse, CreateRequest, Device, GuestDevice, ResizeBalloonRequest, ResizeMemoryRequest,
-    ResizeVcpusRequest, RestoreRequest, SnapshotRequest, WaitResponse,
+    ResizeVcpusRequest, RestoreRequest, SnapshotRequest, VmState, WaitResponse,
 };
 
 use crate::{
     Error, Result,
     console::{Audience, Console},
+    outlive::Memory,
 };
 
 /// A hypervisor with its VM. Dropping it, or the future of [`Self::create`], ends the VM and everything made for it.
@@ -24,6 +25,9 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
 
     /// Whether guests' memory can be of huge pages, or why it cannot; `create` then finds `VmConfig.huge_pages`.
     const HUGE_PAGES: std::result::Result<(), &'static str> = Err("the launcher asks for none");
+
+    /// Whether a VM goes on when its launcher is killed, or why it cannot.
+    const OUTLIVES_LAUNCHER: std::result::Result<(), &'static str> = Err("the VM ends with its launcher");
 
     /// The backend's own option keys, for `options`: see [`crate::options::describe`].
     fn options() -> serde_json::Value;
@@ -97,6 +101,19 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
         unsupported("changing the size of a balloon", Self::NAME)
     }
 
+    /// What another launcher needs to adopt this VM, as it is now.
+    ///
+    /// # Errors
+    /// When the VM has ended.
+    fn remember(&self) -> Result<Memory> {
+        Err(Error::Unsupported(format!("a VM of {} ends with its launcher", Self::NAME)))
+    }
+
+    /// Goes on with the VM that another launcher remembers, whose hypervisor runs. Dropping the future ends it.
+    fn adopt(_state_dir: &Path, _memory: Memory) -> impl Future<Output = Result<Adopted<Self>>> + Send {
+        unsupported("adopting a VM", Self::NAME)
+    }
+
     /// What the hypervisor counts, beyond what every launcher does; Prometheus text format.
     fn metrics(&self) -> impl Future<Output = Result<String>> + Send {
         async { Ok(String::new()) }
@@ -112,6 +129,15 @@ pub struct Created<H> {
     pub devices: Vec<GuestDevice>,
 }
 
+/// A VM of a launcher that was killed.
+#[derive(Debug)]
+pub struct Adopted<H> {
+    /// For everything that follows.
+    pub hypervisor: H,
+    /// Created, running or paused.
+    pub state: VmState,
+}
+
 /// What `H` can do on this host with the hypervisor at `path`: what it says itself, and what it says by its constants.
 ///
 /// # Errors
@@ -121,6 +147,10 @@ pub(crate) async fn capabilities<H: Hypervisor>(path: &Path) -> Result<Capabilit
     match H::HUGE_PAGES {
         Ok(()) => told.features.push("huge-pages".into()),
         Err(why) => drop(told.missing.insert("huge-pages".into(), why.into())),
+    }
+    match H::OUTLIVES_LAUNCHER {
+        Ok(()) => told.operations.push("adopt".into()),
+        Err(why) => drop(told.missing.insert("adopt".into(), why.into())),
     }
     let none = || "the launcher gives guests none of the host's devices from the start".into();
     told.missing.entry("cold-plug-vfio".into()).or_insert_with(none);

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! The kernel removes every mount with the namespace, so there is nothing to clean up; unlike Firecracker's jailer it
-//! copies nothing, leaves the descriptors alone, and the hypervisor still dies with the launcher. As the launcher executes
-//! itself, the work is done by a process with one thread and no `fork` behind it.
+//! copies nothing, leaves the descriptors alone, and the hypervisor dies with the launcher unless it is to outlive it. As
+//! the launcher executes itself, the work is done by a process with one thread and no `fork` behind it.
 
 use std::{
     convert::Infallible,
@@ -44,6 +44,7 @@ use tokio::time::timeout;
 
 use crate::{
     Error, Result,
+    outlive::Lifetime,
     process::{Process, Streams},
     sys,
 };
@@ -69,8 +70,11 @@ pub struct Jail {
     directories: Vec<PathBuf>,
     files: Vec<Shown>,
     configures_network: bool,
-    parent: i32,
+    /// Whose end is the hypervisor's end.
+    parent: Option<i32>,
     user: u32,
+    #[serde(skip)]
+    lifetime: Lifetime,
 }
 
 /// A file or directory of the host.
@@ -105,6 +109,11 @@ impl Jail {
         self.configures_network = true;
     }
 
+    /// Lets the hypervisor live as long as `lifetime` says, and not only as long as the launcher.
+    pub fn let_live(&mut self, lifetime: &Lifetime) {
+        self.lifetime = lifetime.clone();
+    }
+
     /// Starts `program`, a path on the host, in the jail; `descriptors` keep their numbers. Must be called on the thread that lives as long as the launcher.
     ///
     /// # Errors
@@ -121,12 +130,13 @@ impl Jail {
         }
         let inside = Path::new("/").join(program.file_name().unwrap_or_default());
         self.show(program, &inside, false);
-        self.parent = getpid().as_raw();
+        let lifetime = self.lifetime.clone();
+        self.parent = (!lifetime.is_longer()).then(|| getpid().as_raw());
         self.user = FIRST_USER + std::process::id();
         let mut order = order(&Order::Enter(self));
         order.push(inside.to_string_lossy().into_owned());
         order.extend_from_slice(arguments);
-        let process = Process::start_with(Path::new("/proc/self/exe"), &order, descriptors, streams)?;
+        let process = Process::start_with(Path::new("/proc/self/exe"), &order, descriptors, streams, &lifetime)?;
         Ok(process.becomes(program))
     }
 }
@@ -151,7 +161,7 @@ pub async fn hide(jailed: u32, inside: &Path) -> Result<()> {
 async fn execute(what: &Order) -> Result<()> {
     let process = Process::start(Path::new("/proc/self/exe"), &order(what), Vec::new())?;
     match timeout(SHOW_DEADLINE, process.ended()).await {
-        Ok(ended) if ended.status.success() => Ok(()),
+        Ok(ended) if ended.well() => Ok(()),
         Ok(ended) => Err(Error::Hypervisor(ended.stderr)),
         Err(_) => Err(Error::Hypervisor("the hypervisor's jail cannot be changed in time".into())),
     }
@@ -197,9 +207,11 @@ fn enter(jail: &Jail, mut command: impl Iterator<Item = String>) -> anyhow::Resu
     make_root(&jail.directories, &jail.files)?;
     become_root().context("make the hypervisor's jail its root directory")?;
     become_user(jail).context("give the hypervisor a user of its own")?;
-    // Forgotten by the kernel when the user changed.
-    set_pdeathsig(Signal::SIGKILL).context("ask for a signal at the parent's death")?;
-    ensure!(getppid().as_raw() == jail.parent, "the launcher has ended");
+    if let Some(parent) = jail.parent {
+        // Forgotten by the kernel when the user changed.
+        set_pdeathsig(Signal::SIGKILL).context("ask for a signal at the parent's death")?;
+        ensure!(getppid().as_raw() == parent, "the launcher has ended");
+    }
     Err(Command::new(&program).args(command).exec()).with_context(|| format!("execute {program} in its jail"))
 }
 

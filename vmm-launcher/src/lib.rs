@@ -24,6 +24,7 @@ pub mod jail;
 pub mod kernel;
 pub mod kvm;
 pub mod metrics;
+pub mod outlive;
 pub mod process;
 pub mod qmp;
 pub mod tail;

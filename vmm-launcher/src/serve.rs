@@ -38,6 +38,6 @@ pub(crate) async fn serve<H: Hypervisor>() -> anyhow::Result<()> {
         _ = interrupted.recv() => {}
     }
     info!("told to end");
-    // Should the VM not end in time, the kernel kills it when this process ends.
+    // Should the VM not end in time, the kernel kills it when this process ends, or whoever has named its state_dir.
     timeout(END_LIMIT, vm.stop(Duration::ZERO)).await.context("end the VM in time")
 }

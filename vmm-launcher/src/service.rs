@@ -11,7 +11,7 @@ use crate::{
     console::Audience,
     hypervisor::{Hypervisor, capabilities},
     request,
-    vm::Vm,
+    vm::{Newborn, Vm},
 };
 
 /// Serves one VM.
@@ -28,7 +28,13 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
     async fn create(&self, _: &TtrpcContext, mut request: CreateRequest) -> ttrpc::Result<CreateResponse> {
         name_hypervisor::<H>(request.vm.as_mut());
         let newborn = answer(self.vm.create(request, Audience::Nobody).await)?;
-        Ok(CreateResponse { devices: newborn.devices, pid: newborn.pid, ..Default::default() })
+        let Newborn { devices, pid, outlives_launcher } = newborn;
+        Ok(CreateResponse { devices, pid, outlives_launcher, ..Default::default() })
+    }
+
+    async fn adopt(&self, _: &TtrpcContext, request: AdoptRequest) -> ttrpc::Result<AdoptResponse> {
+        let found = answer(self.vm.adopt(request.state_dir.into()).await)?;
+        Ok(AdoptResponse { devices: found.devices, pid: found.pid, state: found.state.into(), ..Default::default() })
     }
 
     async fn boot(&self, _: &TtrpcContext, _: BootRequest) -> ttrpc::Result<BootResponse> {
@@ -59,6 +65,7 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
 
     async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<PauseResponse> {
         answer(self.vm.pause().await)?;
+        self.vm.remember();
         Ok(PauseResponse::default())
     }
 
@@ -82,16 +89,19 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
         let hypervisor = answer_alive(&self.vm, "attach a device to")?;
         answer(request::check_device(&request.device))?;
         let device = answer(hypervisor.attach(&request.device).await)?;
+        self.vm.remember();
         Ok(AttachResponse { device: Some(device).into(), ..Default::default() })
     }
 
     async fn detach(&self, _: &TtrpcContext, request: DetachRequest) -> ttrpc::Result<DetachResponse> {
         answer(answer_alive(&self.vm, "detach a device from")?.detach(&request.id).await)?;
+        self.vm.remember();
         Ok(DetachResponse::default())
     }
 
     async fn resize_vcpus(&self, _: &TtrpcContext, request: ResizeVcpusRequest) -> ttrpc::Result<ResizeVcpusResponse> {
         let vcpus = answer(answer_alive(&self.vm, "resize")?.resize_vcpus(&request).await)?;
+        self.vm.remember();
         Ok(ResizeVcpusResponse { vcpus, ..Default::default() })
     }
 
@@ -101,6 +111,7 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
         request: ResizeMemoryRequest,
     ) -> ttrpc::Result<ResizeMemoryResponse> {
         let memory_mib = answer(answer_alive(&self.vm, "resize")?.resize_memory(&request).await)?;
+        self.vm.remember();
         Ok(ResizeMemoryResponse { memory_mib, ..Default::default() })
     }
 

@@ -1,7 +1,11 @@
 //! The unsafe calls of this crate.
 #![allow(unsafe_code)]
 
-use std::{fs::File, io, os::fd::AsRawFd};
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -9,7 +13,11 @@ use nix::{
     sys::{prctl::set_pdeathsig, signal::Signal},
     unistd::getppid,
 };
-use tokio::process::Command;
+use rustix::fs::{Mode, OFlags};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    process::Command,
+};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// Has the kernel kill the child when the thread that starts it ends.
@@ -23,6 +31,28 @@ pub(crate) fn die_with_parent(command: &mut Command) {
     // SAFETY: between fork and exec the closure only makes the system calls `prctl` and `getppid`, which are
     // async-signal-safe, and allocates nothing.
     unsafe { command.pre_exec(ask) };
+}
+
+/// Has the child write its line of `/proc/self/stat` to `list` before it executes its program.
+pub(crate) fn join_list(command: &mut Command, list: OwnedFd) {
+    let join = move || {
+        let mut line = [0; 1024];
+        let stat = rustix::fs::open(c"/proc/self/stat", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let count = rustix::io::read(&stat, &mut line)?;
+        // One write, so that the lines of two processes stay apart.
+        let written = rustix::io::write(&list, &line[..count])?;
+        if written == count { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ENOSPC)) }
+    };
+    // SAFETY: between fork and exec the closure only makes the system calls `open`, `read`, `write` and `close`, which are
+    // async-signal-safe, and allocates nothing: the path is a C string already.
+    unsafe { command.pre_exec(join) };
+}
+
+/// `descriptor`, for a task that waits until it is readable.
+pub(crate) fn watch(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the answer owns the descriptor, which stays open and the same until that has taken it out of the reactor.
+    let watched = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) };
+    watched.map_err(|error| error.into_parts().1)
 }
 
 /// Gives the guest behind `vhost`, an open `/dev/vhost-vsock`, its context id; `EADDRINUSE` when another guest has it.

@@ -13,7 +13,12 @@ use std::{
 
 use caisson_protocol::vmm::Fs;
 
-use crate::{Error, Result, process::Process, request::readable};
+use crate::{
+    Error, Result,
+    outlive::{Known, Lifetime},
+    process::{Process, Streams},
+    request::readable,
+};
 
 /// The values of `Fs.cache`.
 pub const CACHE_MODES: [&str; 3] = ["auto", "always", "never"];
@@ -30,24 +35,24 @@ impl Virtiofsd {
     ///
     /// # Errors
     /// When the program cannot be executed, or `run_dir` is too long for a socket's path.
-    pub fn start(fs: &Fs, run_dir: &Path) -> Result<(Self, OwnedFd)> {
+    pub fn start(fs: &Fs, run_dir: &Path, lifetime: &Lifetime) -> Result<(Self, OwnedFd)> {
         readable("virtio-fs daemon", &fs.daemon_path)?;
         let (listener, connection) = connected_listener(&run_dir.join("virtiofsd.sock"))?;
-        Ok((Self::serve(fs, listener.into())?, connection))
+        Ok((Self::serve(fs, listener.into(), lifetime)?, connection))
     }
 
     /// Starts it for a hypervisor that connects to `socket` by itself; whoever calls removes the socket.
     ///
     /// # Errors
     /// When the program cannot be executed, or `socket` cannot be made.
-    pub fn listen(fs: &Fs, socket: &Path) -> Result<Self> {
+    pub fn listen(fs: &Fs, socket: &Path, lifetime: &Lifetime) -> Result<Self> {
         readable("virtio-fs daemon", &fs.daemon_path)?;
         let listener = caisson_protocol::listen::bind(socket)
             .map_err(Error::host(format!("make the socket {}", socket.display())))?;
-        Self::serve(fs, listener.into())
+        Self::serve(fs, listener.into(), lifetime)
     }
 
-    fn serve(fs: &Fs, listener: OwnedFd) -> Result<Self> {
+    fn serve(fs: &Fs, listener: OwnedFd, lifetime: &Lifetime) -> Result<Self> {
         let cache = if fs.cache.is_empty() { CACHE_MODES[0] } else { &fs.cache };
         let mut arguments = vec![
             format!("--fd={}", listener.as_raw_fd()),
@@ -56,15 +61,32 @@ impl Virtiofsd {
             "--log-level=error".into(),
         ];
         arguments.extend(fs.extra_args.iter().cloned());
-        let process = Process::start(Path::new(&fs.daemon_path), &arguments, vec![listener])?;
+        let program = Path::new(&fs.daemon_path);
+        let process = Process::start_with(program, &arguments, vec![listener], Streams::none(), lifetime)?;
         Ok(Self { tag: fs.tag.clone(), process })
+    }
+
+    /// The one that serves the share `tag`, of a launcher that was killed.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn adopt(tag: &str, known: &Known) -> Result<Self> {
+        Ok(Self { tag: tag.to_owned(), process: Process::adopt(known)? })
+    }
+
+    /// The share's name, and what another launcher needs to adopt the process.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn known(&self) -> Result<(String, Known)> {
+        Ok((self.tag.clone(), self.process.known()?))
     }
 
     /// Answers when it has failed: what ended, and its last words. It also ends when the hypervisor hangs up; that is no
     /// failure, and never answered.
     pub async fn failed(&self) -> String {
         let ended = self.process.ended().await;
-        if ended.status.success() {
+        if ended.well() {
             std::future::pending::<()>().await;
         }
         format!("the file server of share \"{}\" ended: {}", self.tag, self.process.describe(&ended))
@@ -94,11 +116,24 @@ pub async fn any_failed(file_servers: &[Virtiofsd]) -> String {
 /// # Errors
 /// When `path`, which exists only for a moment, is too long or cannot be made.
 pub fn connected_listener(path: &Path) -> Result<(UnixListener, OwnedFd)> {
+    let made = named_listener(path)?;
+    std::fs::remove_file(path).map_err(failed(path))?;
+    Ok(made)
+}
+
+/// A listening socket that keeps its name, for those who come later, and a connection that waits in it.
+///
+/// # Errors
+/// When `path` is too long or cannot be made.
+pub fn named_listener(path: &Path) -> Result<(UnixListener, OwnedFd)> {
     let make = || {
         let listener = caisson_protocol::listen::bind(path)?;
-        let connection = UnixStream::connect(path);
-        std::fs::remove_file(path)?;
-        Ok((listener, OwnedFd::from(connection?)))
+        let connection = UnixStream::connect(path)?;
+        Ok((listener, OwnedFd::from(connection)))
     };
-    make().map_err(Error::host(format!("make the socket {}", path.display())))
+    make().map_err(failed(path))
+}
+
+fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    Error::host(format!("make the socket {}", path.display()))
 }

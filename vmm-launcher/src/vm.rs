@@ -3,6 +3,7 @@
 //! ```text
 //!           create            done         boot           pause
 //!   Empty ─────────► Creating ────► Created ────► Running ◄────► Paused ◄── (restore: from Creating)
+//!                        └───────────────► adopt: any of the three, as the VM is
 //!     │ stop            │ stop, failure│ the VM ends │   resume     │
 //!     └─────────────────┴──────────────┴─► Exited ◄──┴──────────────┘
 //! ```
@@ -11,23 +12,32 @@
 //! waits for another verb. A verb whose work fails puts back the state it found, unless the VM has ended meanwhile.
 
 use std::{
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
 use caisson_protocol::{
+    processes::ProcessList,
     status::sentence,
     vmm::{CreateRequest, ExitReason, GuestDevice, RestoreRequest, VmState, WaitResponse},
 };
-use tokio::{sync::watch, time::timeout};
+use tokio::{sync::watch, task::spawn_blocking, time::timeout};
 use tracing::{info, warn};
 
 use crate::{
     Error, Result,
-    console::Audience,
-    hypervisor::{Created, Hypervisor},
+    console::{Audience, heard_before},
+    hypervisor::{Adopted, Created, Hypervisor},
+    outlive::{Keeper, Kept, Known},
+    process::Ended,
     request,
 };
+
+/// A hypervisor that runs answers at once, unless the host is very busy.
+const ADOPTION_LIMIT: Duration = Duration::from_secs(30);
+/// A process that was killed may have much memory to give back.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// One VM, from nothing to its end.
 #[derive(Debug)]
@@ -37,6 +47,8 @@ pub struct Vm<H> {
     stopping: watch::Sender<bool>,
     /// Set when the VM has ended.
     exit: watch::Sender<Option<WaitResponse>>,
+    /// Of a VM that outlives its launcher.
+    keeper: Mutex<Option<Keeper>>,
 }
 
 #[derive(Debug)]
@@ -50,11 +62,11 @@ enum State<H> {
 }
 
 impl<H> State<H> {
-    fn create(&mut self) -> Result<()> {
+    fn create(&mut self, verb: &'static str) -> Result<()> {
         *self = match self {
             Self::Empty => Self::Creating,
             Self::Creating | Self::Created(_) | Self::Running(_) | Self::Paused(_) | Self::Exited => {
-                return Err(self.wrong("create"));
+                return Err(self.wrong(verb));
             }
         };
         Ok(())
@@ -143,18 +155,38 @@ pub struct Newborn {
     pub devices: Vec<GuestDevice>,
     /// The hypervisor's process.
     pub pid: u32,
+    /// Whether it goes on when its launcher is killed.
+    pub outlives_launcher: bool,
+}
+
+/// What `adopt` answers.
+#[derive(Debug)]
+pub struct Found {
+    /// Those that the VM was born with.
+    pub devices: Vec<GuestDevice>,
+    /// The hypervisor's process.
+    pub pid: u32,
+    /// As it is now.
+    pub state: VmState,
 }
 
 impl<H: Hypervisor> Vm<H> {
     /// A VM that is only an idea.
     pub fn new() -> Arc<Self> {
         let (stopping, exit) = (watch::Sender::new(false), watch::Sender::new(None));
-        Arc::new(Self { state: Mutex::new(State::Empty), stopping, exit })
+        Arc::new(Self { state: Mutex::new(State::Empty), stopping, exit, keeper: Mutex::new(None) })
     }
 
     /// Empty → Creating → Created. The work goes on when the caller loses interest; `stop` ends it.
     pub async fn create(self: &Arc<Self>, mut request: CreateRequest, audience: Audience) -> Result<Newborn> {
-        self.lock().create()?;
+        self.lock().create("create")?;
+        if H::OUTLIVES_LAUNCHER.is_err() {
+            request.state_dir.clear();
+        }
+        if !request.state_dir.is_empty() {
+            let keeper = Keeper::begin(Path::new(&request.state_dir), Path::new(&request.run_dir));
+            *self.keeper() = Some(keeper.inspect_err(|_| *self.lock() = State::Empty)?);
+        }
         let create = async move {
             request::prepare::<H>(request.vm.as_mut())?;
             H::create(&request, audience).await
@@ -162,9 +194,101 @@ impl<H: Hypervisor> Vm<H> {
         self.make(create, State::Created).await
     }
 
+    /// Empty → Creating → Created, Running or Paused: the VM of another launcher, as it is now. Or Exited, as it is.
+    ///
+    /// # Errors
+    /// When there is none that can be trusted to be one; then nothing was touched. When the VM cannot be gone on with; then
+    /// it has ended.
+    pub async fn adopt(self: &Arc<Self>, state_dir: PathBuf) -> Result<Found> {
+        if let Err(why) = H::OUTLIVES_LAUNCHER {
+            return Err(Error::Unsupported(format!("a VM of {} cannot be adopted: {why}", H::NAME)));
+        }
+        self.lock().create("adopt")?;
+        let known = || -> Result<(Kept, Option<Ended>)> {
+            let kept = Kept::read::<H>(&state_dir)?;
+            // An ended hypervisor answers nothing, but it may still say how it ended.
+            let process = &kept.memory.process;
+            let watch = format!("watch {} (pid {})", process.program.display(), process.id().pid);
+            let ended = Ended::before(process).map_err(Error::host(watch))?;
+            Ok((kept, ended))
+        };
+        let (kept, ended) = known().inspect_err(|_| *self.lock() = State::Empty)?;
+        *self.keeper() = Some(Keeper::go_on(&state_dir, &kept));
+        let vm = self.clone();
+        // Goes on when the caller loses interest, as `create` does.
+        let work = tokio::spawn(async move { vm.adopt_known(kept, ended, &state_dir).await });
+        work.await.unwrap_or(Err(Error::Stopped))
+    }
+
+    async fn adopt_known(self: &Arc<Self>, kept: Kept, ended: Option<Ended>, state_dir: &Path) -> Result<Found> {
+        let (devices, memory) = (kept.devices(), kept.memory);
+        let (process, console_log) = (memory.process.clone(), memory.console_log.clone());
+        let pid = process.id().pid;
+        if let Some(ended) = ended {
+            self.ended_unwatched(&process, &ended, console_log.as_deref(), state_dir).await;
+            return Ok(Found { devices, pid, state: VmState::EXITED });
+        }
+        let adopted = tokio::select! {
+            biased;
+            () = self.stop_requested() => Err(Error::Stopped),
+            adopted = timeout(ADOPTION_LIMIT, H::adopt(state_dir, memory)) => adopted.unwrap_or_else(|_| {
+                let seconds = ADOPTION_LIMIT.as_secs();
+                Err(Error::Hypervisor(format!("{} (pid {pid}) did not answer within {seconds} s", H::NAME)))
+            }),
+        };
+        match adopted {
+            Ok(Adopted { hypervisor, state }) => {
+                let hypervisor = Arc::new(hypervisor);
+                *self.lock() = match state {
+                    VmState::CREATED => State::Created(hypervisor.clone()),
+                    VmState::PAUSED => State::Paused(hypervisor.clone()),
+                    _ => State::Running(hypervisor.clone()),
+                };
+                info!(pid, ?state, "VM adopted");
+                if *self.stopping.borrow() {
+                    hypervisor.kill();
+                }
+                tokio::spawn(self.clone().follow(hypervisor));
+                Ok(Found { devices, pid, state })
+            }
+            Err(error) => {
+                end_listed(state_dir).await;
+                let (console_tail, _) = heard_before(console_log.as_deref());
+                let detail = sentence(&error);
+                self.exited(WaitResponse { console_tail, ..exit(ExitReason::HYPERVISOR_FAILED, detail) });
+                Err(error)
+            }
+        }
+    }
+
+    /// The hypervisor ended while no launcher watched it.
+    async fn ended_unwatched(&self, process: &Known, ended: &Ended, console_log: Option<&Path>, state_dir: &Path) {
+        // Its helpers, if they are still there.
+        end_listed(state_dir).await;
+        let (console_tail, panic) = heard_before(console_log);
+        let (reason, detail) = match panic {
+            Some(words) => (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}")),
+            None if ended.well() => {
+                (ExitReason::GUEST_SHUTDOWN, "the guest ended its VM while no launcher watched it".into())
+            }
+            None => (ExitReason::HYPERVISOR_FAILED, ended.words(&process.program, process.id().pid)),
+        };
+        self.exited(WaitResponse { console_tail, ..exit(reason, detail) });
+    }
+
+    /// Has another launcher know of what has changed.
+    pub fn remember(&self) {
+        let Ok(hypervisor) = self.lock().alive("remember") else { return };
+        if let Some(keeper) = &*self.keeper()
+            && let Err(error) = keeper.write(&*hypervisor)
+        {
+            warn!(error = sentence(&error), "another launcher would not find the VM as it is now");
+        }
+    }
+
     /// Empty → Creating → Paused, as the snapshot was. As [`Self::create`] otherwise.
     pub async fn restore(self: &Arc<Self>, mut request: RestoreRequest, audience: Audience) -> Result<Newborn> {
-        self.lock().create()?;
+        self.lock().create("create")?;
         let restore = async move {
             request::prepare::<H>(request.vm.as_mut())?;
             H::restore(&request, audience).await
@@ -194,14 +318,16 @@ impl<H: Hypervisor> Vm<H> {
             Ok(Created { hypervisor, devices }) => {
                 let hypervisor = Arc::new(hypervisor);
                 let pid = hypervisor.pid();
+                let outlives_launcher = self.keeper().as_mut().map(|keeper| keeper.born_with(&devices)).is_some();
                 *self.lock() = state(hypervisor.clone());
                 info!(pid, "VM created");
                 if *self.stopping.borrow() {
                     // `stop` came too late to be seen by the work, and too early to see the hypervisor.
                     hypervisor.kill();
                 }
+                self.remember();
                 tokio::spawn(self.clone().follow(hypervisor));
-                Ok(Newborn { devices, pid })
+                Ok(Newborn { devices, pid, outlives_launcher })
             }
             Err(error) => {
                 self.exited(exit(ExitReason::HYPERVISOR_FAILED, sentence(&error)));
@@ -302,6 +428,9 @@ impl<H: Hypervisor> Vm<H> {
             exit.detail = "the VM was stopped".into();
         }
         info!(reason = ?exit.reason, detail = exit.detail, "VM ended");
+        if let Some(keeper) = self.keeper().take() {
+            keeper.forget();
+        }
         *self.lock() = State::Exited;
         self.exit.send_replace(Some(exit));
     }
@@ -316,8 +445,20 @@ impl<H: Hypervisor> Vm<H> {
         done
     }
 
+    fn keeper(&self) -> MutexGuard<'_, Option<Keeper>> {
+        self.keeper.lock().expect("no writer panics")
+    }
+
     fn lock(&self) -> MutexGuard<'_, State<H>> {
         self.state.lock().expect("no transition panics")
+    }
+}
+
+/// Ends by force what an earlier launcher has started, as far as it is still there.
+async fn end_listed(state_dir: &Path) {
+    let list = ProcessList::in_dir(state_dir);
+    if let Ok(Err(error)) = spawn_blocking(move || list.end_all(END_LIMIT)).await {
+        warn!(%error, "not all of the VM's processes could be ended");
     }
 }
 

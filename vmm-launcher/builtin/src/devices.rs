@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use caisson_protocol::vmm::{Block, Device, VmConfig, device::Kind};
-use caisson_vmm_launcher::{Error, Result, request, virtiofsd::Virtiofsd};
+use caisson_vmm_launcher::{Error, Result, outlive::Lifetime, request, virtiofsd::Virtiofsd};
 use vm_memory::GuestAddress;
 
 use crate::{
@@ -81,7 +81,7 @@ impl<'a> Devices<'a> {
                 match self.options.file_server {
                     FileServer::Builtin => self.push(id, "fs", fs::InProcess::new(share)?, address),
                     FileServer::Virtiofsd => {
-                        let (daemon, connection) = Virtiofsd::start(share, self.run_dir)?;
+                        let (daemon, connection) = Virtiofsd::start(share, self.run_dir, &Lifetime::of_launcher())?;
                         self.file_servers.push(daemon);
                         self.push(id, "fs", fs::over_vhost_user(share, connection)?, address)
                     }

@@ -69,6 +69,7 @@ impl Hypervisor for Builtin {
     const DEFAULT_PATH: &'static str = THIS_PROGRAM;
 
     const HUGE_PAGES: Result<(), &'static str> = Ok(());
+    const OUTLIVES_LAUNCHER: Result<(), &'static str> = Err("the launcher is the VM and ends with it");
 
     fn options() -> serde_json::Value {
         describe::<Options>(DOCS)

@@ -81,6 +81,13 @@ impl VsockBackend {
             .map_err(setup("a thread"))?;
         Ok(Self { control, listener, thread: Some(thread) })
     }
+
+    /// Answers when the hypervisor has disconnected.
+    pub fn join(mut self) {
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 impl fmt::Debug for VsockBackend {

@@ -11,6 +11,7 @@ use std::{
 
 use caisson_protocol::{
     deadline, listen, no_deadline,
+    processes::ProcessList,
     status::Status,
     vmm::{self, CapabilitiesRequest, CreateRequest, CreateResponse, Device, VmConfig, WaitResponse, device::Kind},
     vmm_ttrpc::VmmClient,
@@ -244,7 +245,7 @@ case "$(cat /proc/cmdline)" in
         [ "$now" = "$seen" ] || { echo "guest: $now"; seen=$now; }
         usleep 100000
     done ;;
-*do=tick*) while :; do echo "guest: tick"; sleep 1; done ;;
+*do=tick*) tick=0; while :; do tick=$((tick + 1)); echo "guest: tick $tick"; sleep 1; done ;;
 *do=size*)
     echo "guest: $(nproc) processors, $(($(sed -n 's/MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo) / 1024)) MiB"
     end ;;
@@ -307,7 +308,7 @@ pub fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
     archive
 }
 
-/// A launcher process; killed when dropped, and its VM with it.
+/// A launcher process; killed when dropped, and its VM with it, even if it is to outlive its launcher.
 pub struct Launcher {
     pub backend: Backend,
     pub child: Child,
@@ -318,7 +319,17 @@ pub struct Launcher {
 impl Launcher {
     pub async fn start(backend: Backend) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("vmm.sock");
+        let (child, client) = Self::serve(backend, dir.path()).await;
+        Self { backend, child, client, dir }
+    }
+
+    /// Another one in the same directory; the first has ended.
+    pub async fn start_again(&mut self) {
+        (self.child, self.client) = Self::serve(self.backend, self.dir.path()).await;
+    }
+
+    async fn serve(backend: Backend, dir: &Path) -> (Child, VmmClient) {
+        let socket = dir.join("vmm.sock");
         let listener = listen::bind(&socket).unwrap();
         let child = Command::new(backend.launcher())
             .arg("serve")
@@ -329,7 +340,7 @@ impl Launcher {
             .spawn()
             .unwrap();
         let stream = UnixStream::connect(&socket).await.unwrap();
-        Self { backend, child, client: VmmClient::new(Client::new(stream.into())), dir }
+        (child, VmmClient::new(Client::new(stream.into())))
     }
 
     pub fn run_dir(&self) -> PathBuf {
@@ -413,6 +424,12 @@ impl Launcher {
 
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
         nix::sys::signal::kill(pid(self.child.id().unwrap()), signal).unwrap();
+    }
+}
+
+impl Drop for Launcher {
+    fn drop(&mut self) {
+        let _ = ProcessList::in_dir(self.dir.path()).end_all(LIMIT);
     }
 }
 

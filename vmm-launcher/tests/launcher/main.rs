@@ -8,6 +8,7 @@
 mod fixture;
 mod pattern;
 
+mod adoption;
 mod balloon;
 mod cycles;
 mod devices;

@@ -19,6 +19,7 @@ use caisson_vmm_launcher::{
     guest_vsock::GuestVsock,
     hypervisor::{Created, Hypervisor},
     options::{describe, parse, with_defaults},
+    outlive::Lifetime,
     process::Process,
     request,
     vm::exit,
@@ -191,7 +192,7 @@ impl Hypervisor for Acrn {
         self.console.drained().await;
         let (reason, detail) = match self.console.panic() {
             Some(words) => (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}")),
-            None if ended.status.success() => (ExitReason::GUEST_SHUTDOWN, "the guest powered off".to_owned()),
+            None if ended.well() => (ExitReason::GUEST_SHUTDOWN, "the guest powered off".to_owned()),
             None => (ExitReason::HYPERVISOR_FAILED, self.process.describe(&ended)),
         };
         WaitResponse { console_tail: self.console.tail(), ..exit(reason, detail) }
@@ -216,7 +217,7 @@ fn add(device: &Device, run_dir: &Path, line: &mut CommandLine, vhost: &mut Opti
     match request::kind(device)? {
         Kind::Block(block) => line.block(block),
         Kind::Net(net) => line.net(net).map(|()| String::new()),
-        Kind::Vsock(vsock) => match GuestVsock::open(Path::new(&vsock.socket), run_dir)? {
+        Kind::Vsock(vsock) => match GuestVsock::open(Path::new(&vsock.socket), run_dir, &Lifetime::of_launcher())? {
             GuestVsock::Kernel { vhost: held, cid } => {
                 *vhost = Some(held);
                 line.vsock(cid).map(|()| format!("vsock:{cid}"))

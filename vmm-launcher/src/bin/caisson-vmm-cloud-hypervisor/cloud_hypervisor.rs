@@ -1,33 +1,36 @@
 //! One Cloud Hypervisor process with its VM.
 
 use std::{
+    collections::HashMap,
+    fs,
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::net::UnixStream as StdUnixStream,
     },
-    path::Path,
-    process::Stdio,
+    path::{Path, PathBuf},
     sync::Mutex,
     time::{Duration, Instant},
 };
 
 use caisson_protocol::vmm::{
     CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeMemoryRequest, ResizeVcpusRequest,
-    RestoreRequest, SnapshotRequest, VmConfig, WaitResponse, device::Kind,
+    RestoreRequest, SnapshotRequest, VmConfig, VmState, WaitResponse, device::Kind,
 };
 use caisson_vmm_launcher::{
     Error, Result,
     block_driver::Bus,
     console::{self, Audience, Console},
-    hypervisor::{Created, Hypervisor},
+    hypervisor::{Adopted, Created, Hypervisor},
     jail::{self, Jail},
     kernel, kvm, metrics,
     options::{describe, parse},
+    outlive::{Known, Lifetime, Memory, connect},
     process::{Ended, Process, Streams},
     request, vfio,
-    virtiofsd::{Virtiofsd, any_failed, connected_listener},
+    virtiofsd::{Virtiofsd, any_failed, connected_listener, named_listener},
     vm::exit,
 };
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::{net::UnixStream, time::timeout};
 use tracing::{debug, info};
@@ -36,16 +39,14 @@ use crate::{
     api::Api,
     configuration::{self, Configuration},
     events::Events,
-    hotplug::Attached,
-    layout::{RunDir, SERIAL, SNAPSHOT},
+    hotplug::{Attached, Host, KnownHostSide},
+    layout::{API, RunDir, SERIAL, SNAPSHOT},
     options::{DOCS, Landlock, Options},
     version,
 };
 
 /// How much later than it refuses something Cloud Hypervisor may end because of that.
 const END_AFTER_REFUSAL: Duration = Duration::from_millis(100);
-/// A file server ends when Cloud Hypervisor closes its connection, and that is shortly before it has quite ended.
-const HELPER_AFTER_HYPERVISOR: Duration = Duration::from_secs(1);
 /// `MAX_SUPPORTED_CPUS_LEGACY`, what local interrupt controllers without x2APIC can have.
 const MAX_VCPUS: u32 = 254;
 /// The rights that Cloud Hypervisor asks for came with Linux 6.2.
@@ -61,10 +62,33 @@ pub struct CloudHypervisor {
     file_servers: Mutex<Vec<Virtiofsd>>,
     run_dir: RunDir,
     size: Mutex<Size>,
+    lifetime: Lifetime,
+    known: Constant,
+}
+
+/// What another launcher needs to know that does not change.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+struct Constant {
+    run_dir: PathBuf,
+    state_dir: PathBuf,
+    console_log: Option<PathBuf>,
+    /// The number of Cloud Hypervisor's descriptor for them.
+    events: i32,
+    /// By their shares.
+    file_servers: Vec<(String, Known)>,
+}
+
+/// What another launcher needs to know, beside Cloud Hypervisor's process.
+#[derive(Debug, Deserialize, Serialize)]
+struct Own {
+    constant: Constant,
+    sockets: Vec<String>,
+    attached: HashMap<String, KnownHostSide>,
+    size: Size,
 }
 
 /// What the guest has now.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 struct Size {
     memory_mib: u64,
     vcpus: u32,
@@ -75,6 +99,7 @@ impl Hypervisor for CloudHypervisor {
     const DEFAULT_PATH: &'static str = "/usr/bin/cloud-hypervisor";
 
     const HUGE_PAGES: Result<(), &'static str> = Ok(());
+    const OUTLIVES_LAUNCHER: Result<(), &'static str> = Ok(());
 
     fn options() -> Value {
         describe::<Options>(DOCS)
@@ -114,12 +139,14 @@ impl Hypervisor for CloudHypervisor {
         let run_dir = Path::new(&request.run_dir);
         let landlock = uses_landlock(options.landlock)?;
         let configuration = Configuration::of(vm, &options, landlock, run_dir)?;
-        let started = start(run_dir, vm, &options, Jail::default()).await?;
+        let started = start(request, vm, &options, Jail::default()).await?;
         let attached = Attached::default();
         let created = async {
             started.api.create(&configuration.body).await?;
+            let (jailed, run_dir, lifetime) = (started.process.pid(), &started.run_dir, &started.lifetime);
+            let host = Host { jailed, run_dir, lifetime };
             for device in vm.devices.iter().filter(|device| matches!(device.kind, Some(Kind::Vfio(_)))) {
-                attached.attach(device, started.process.pid(), &started.run_dir, &started.api).await?;
+                attached.attach(device, &host, &started.api).await?;
             }
             Ok(())
         };
@@ -140,7 +167,7 @@ impl Hypervisor for CloudHypervisor {
         let devices = Configuration::of(vm, &options, false, run_dir)?.devices;
         let mut jail = Jail::default();
         jail.show(&request.directory, SNAPSHOT, false);
-        let started = start(run_dir, vm, &options, jail).await?;
+        let started = start(&as_new, vm, &options, jail).await?;
         let restored = started.api.restore(SNAPSHOT).await;
         started.into_created(restored, vm, devices, Attached::default(), audience).await
     }
@@ -162,7 +189,8 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn attach(&self, device: &Device) -> Result<GuestDevice> {
-        self.attached.attach(device, self.process.pid(), &self.run_dir, &self.api).await
+        let host = Host { jailed: self.process.pid(), run_dir: &self.run_dir, lifetime: &self.lifetime };
+        self.attached.attach(device, &host, &self.api).await
     }
 
     async fn detach(&self, id: &str) -> Result<()> {
@@ -196,19 +224,10 @@ impl Hypervisor for CloudHypervisor {
     async fn ended(&self) -> WaitResponse {
         let file_servers = std::mem::take(&mut *self.file_servers.lock().expect("nobody panics with the servers"));
         let (ended, helper) = tokio::select! {
-            ended = self.process.ended() => (ended, None),
+            end = self.process.ended_with(any_failed(&file_servers)) => end,
             () = self.events.rebooting() => {
                 self.process.kill();
                 (self.process.ended().await, None)
-            }
-            // It ends when Cloud Hypervisor does, and may be heard of first. Without that one's end, a guest whose file
-            // system is gone hangs.
-            helper = any_failed(&file_servers) => match timeout(HELPER_AFTER_HYPERVISOR, self.process.ended()).await {
-                Ok(ended) => (ended, None),
-                Err(_) => {
-                    self.process.kill();
-                    (self.process.ended().await, Some(helper))
-                }
             }
         };
         self.console.drained().await;
@@ -217,6 +236,9 @@ impl Hypervisor for CloudHypervisor {
         }
         self.attached.forget();
         self.run_dir.remove();
+        if self.lifetime.is_longer() {
+            let _ = fs::remove_file(self.known.state_dir.join(API));
+        }
         let (reason, detail) = match helper {
             Some(helper) => (ExitReason::HYPERVISOR_FAILED, helper),
             None => self.explain(&ended),
@@ -230,6 +252,52 @@ impl Hypervisor for CloudHypervisor {
 
     fn console(&self) -> &Console {
         &self.console
+    }
+
+    fn remember(&self) -> Result<Memory> {
+        let own = Own {
+            constant: self.known.clone(),
+            sockets: self.run_dir.names(),
+            attached: self.attached.known()?,
+            size: *self.size.lock().expect("nobody panics with the size"),
+        };
+        Ok(Memory {
+            process: self.process.known()?,
+            console_log: self.known.console_log.clone(),
+            own: serde_json::to_value(own).expect("paths of requests are UTF-8"),
+        })
+    }
+
+    async fn adopt(state_dir: &Path, memory: Memory) -> Result<Adopted<Self>> {
+        let Own { constant: known, sockets, attached, size } = memory.own()?;
+        let process = Process::adopt(&memory.process)?;
+        let pid = process.pid();
+        let events = Events::adopt(pid, known.events).map_err(Error::host("listen to Cloud Hypervisor's events"))?;
+        let run_dir = RunDir::adopt(&known.run_dir, sockets);
+        let api = state_dir.join(API);
+        let stream = UnixStream::connect(&api).await.map_err(Error::host(format!("connect to {}", api.display())))?;
+        let api = Api::over(stream).await?;
+        let state = match api.state().await?.as_str() {
+            "Created" => VmState::CREATED,
+            "Paused" => VmState::PAUSED,
+            _ => VmState::RUNNING,
+        };
+        let serial = connect(&memory.process, &run_dir.path(SERIAL)).await?;
+        let console = Console::adopt(serial, known.console_log.as_deref())?;
+        let servers = known.file_servers.iter().map(|(tag, known)| Virtiofsd::adopt(tag, known));
+        let hypervisor = Self {
+            file_servers: Mutex::new(servers.collect::<Result<_>>()?),
+            process,
+            api,
+            events,
+            console,
+            attached: Attached::adopt(attached)?,
+            run_dir,
+            size: Mutex::new(size),
+            lifetime: Lifetime::of_vm(state_dir)?,
+            known,
+        };
+        Ok(Adopted { hypervisor, state })
     }
 
     async fn metrics(&self) -> Result<String> {
@@ -259,38 +327,56 @@ struct Started {
     events: Events,
     file_servers: Vec<Virtiofsd>,
     run_dir: RunDir,
+    lifetime: Lifetime,
+    known: Constant,
 }
 
 /// Starts Cloud Hypervisor in `jail` until its API answers, and its file servers. When this fails or is given up, they
 /// have ended.
-async fn start(run_dir: &Path, vm: &VmConfig, options: &Options, mut jail: Jail) -> Result<Started> {
+async fn start(request: &CreateRequest, vm: &VmConfig, options: &Options, mut jail: Jail) -> Result<Started> {
     let started = Instant::now();
+    let (run_dir, state_dir) = (Path::new(&request.run_dir), PathBuf::from(&request.state_dir));
     kvm::require("Cloud Hypervisor").await?;
     configuration::show(vm, run_dir, &mut jail);
+    let lifetime = Lifetime::of(request)?;
+    jail.let_live(&lifetime);
     let run_dir = RunDir::new(run_dir);
     let mut file_servers = Vec::new();
     for device in &vm.devices {
         if let Some(Kind::Fs(fs)) = &device.kind {
-            file_servers.push(Virtiofsd::listen(fs, &run_dir.fs_socket(&device.id))?);
+            file_servers.push(Virtiofsd::listen(fs, &run_dir.fs_socket(&device.id), &lifetime)?);
         }
     }
-    let (listener, connection) = connected_listener(&run_dir.path("api.sock"))?;
+    let (listener, connection) = match lifetime.is_longer() {
+        // Not in the run directory: what is there the guest's hypervisor can replace.
+        true => named_listener(&state_dir.join(API))?,
+        false => connected_listener(&run_dir.path(API))?,
+    };
     let listener = OwnedFd::from(listener);
     let connection = StdUnixStream::from(connection);
     let stream = connection.set_nonblocking(true).and_then(|()| UnixStream::from_std(connection));
     let stream = stream.map_err(Error::host("use a socket of this program itself"))?;
-    let (events, monitor) = Events::pair().map_err(Error::host("make a socket pair for events"))?;
+    let (events, monitor) = Events::pipe().map_err(Error::host("make a pipe for events"))?;
+    let known = Constant {
+        run_dir: request.run_dir.clone().into(),
+        state_dir,
+        console_log: console::log_of(&vm.devices).map(Path::to_owned),
+        events: monitor.as_raw_fd(),
+        file_servers: match lifetime.is_longer() {
+            true => file_servers.iter().map(Virtiofsd::known).collect::<Result<_>>()?,
+            false => Vec::new(),
+        },
+    };
     let descriptor = |option: &str, fd: &OwnedFd| [option.to_owned(), format!("fd={}", fd.as_raw_fd())];
     let mut arguments = descriptor("--api-socket", &listener).to_vec();
     arguments.extend(descriptor("--event-monitor", &monitor));
     arguments.extend(options.extra_args.iter().cloned());
 
     debug!(?arguments, "starting Cloud Hypervisor");
-    let streams = Streams { stdin: Stdio::null(), stdout: Stdio::null() };
     let program = Path::new(&vm.hypervisor_path);
-    let process = jail.start(program, &arguments, vec![listener, monitor], streams)?;
+    let process = jail.start(program, &arguments, vec![listener, monitor], Streams::none())?;
     let api = Api::over(stream).await?;
-    let started_up = Started { process, api, events, file_servers, run_dir };
+    let started_up = Started { process, api, events, file_servers, run_dir, lifetime, known };
     let answered = tokio::select! {
         // What ended explains why nothing answers.
         biased;
@@ -332,7 +418,7 @@ impl Started {
             Ok(console) => console,
             Err(error) => return Err(self.end(error).await),
         };
-        let Self { process, api, events, file_servers, run_dir } = self;
+        let Self { process, api, events, file_servers, run_dir, lifetime, known } = self;
         let hypervisor = CloudHypervisor {
             process,
             api,
@@ -342,6 +428,8 @@ impl Started {
             file_servers: Mutex::new(file_servers),
             run_dir,
             size: Mutex::new(Size { memory_mib: vm.memory_mib, vcpus: vm.vcpus }),
+            lifetime,
+            known,
         };
         Ok(Created { hypervisor, devices })
     }
@@ -371,7 +459,7 @@ impl CloudHypervisor {
         if self.events.has_rebooted() {
             return (ExitReason::GUEST_SHUTDOWN, "the guest rebooted, which ends its VM".into());
         }
-        if ended.status.success() {
+        if ended.well() {
             return (ExitReason::GUEST_SHUTDOWN, "the guest powered off".into());
         }
         (ExitReason::HYPERVISOR_FAILED, self.process.describe(ended))

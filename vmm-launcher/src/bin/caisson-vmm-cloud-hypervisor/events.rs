@@ -1,15 +1,13 @@
 //! What happens to the VM, as Cloud Hypervisor tells it: JSON objects with an empty line after each, `docs/api.md` of
 //! Cloud Hypervisor. They are bounded, because it runs beside a hostile guest.
 
-use std::{
-    io,
-    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
-};
+use std::{io, os::fd::OwnedFd};
 
+use caisson_vmm_launcher::process::{lasting_pipe, reopen};
 use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt, BufReader},
-    net::UnixStream,
+    net::unix::pipe::Receiver,
     sync::{broadcast, watch},
 };
 use tracing::debug;
@@ -30,14 +28,25 @@ impl Events {
     /// A listener, and the descriptor for `--event-monitor`.
     ///
     /// # Errors
-    /// When the host makes no socket pair.
-    pub fn pair() -> io::Result<(Self, OwnedFd)> {
-        let (near, far) = StdUnixStream::pair()?;
-        near.set_nonblocking(true)?;
+    /// When the host makes no pipe.
+    pub fn pipe() -> io::Result<(Self, OwnedFd)> {
+        let (near, far) = lasting_pipe()?;
+        Ok((Self::over(near), far))
+    }
+
+    /// A listener to process `pid`, which has the descriptor as `number`.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn adopt(pid: u32, number: i32) -> io::Result<Self> {
+        reopen(pid, number).map(Self::over)
+    }
+
+    fn over(near: Receiver) -> Self {
         let events = broadcast::Sender::new(EVENTS);
         let (tell_reboot, reboot) = watch::channel(false);
-        tokio::spawn(read(UnixStream::from_std(near)?, events.clone(), tell_reboot));
-        Ok((Self { events, reboot }, far.into()))
+        tokio::spawn(read(near, events.clone(), tell_reboot));
+        Self { events, reboot }
     }
 
     /// Answers when the guest reboots. Cloud Hypervisor would start it again.
@@ -64,7 +73,7 @@ pub fn is(event: &Value, source: &str, name: &str) -> bool {
     event["source"] == source && event["event"] == name
 }
 
-async fn read(stream: UnixStream, events: broadcast::Sender<Value>, reboot: watch::Sender<bool>) {
+async fn read(stream: Receiver, events: broadcast::Sender<Value>, reboot: watch::Sender<bool>) {
     let mut stream = BufReader::new(stream);
     let mut text = Vec::new();
     let mut buffer = [0; 1024];
@@ -88,15 +97,15 @@ async fn read(stream: UnixStream, events: broadcast::Sender<Value>, reboot: watc
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::{fs::File, io::Write};
 
     use super::*;
 
     #[tokio::test]
     async fn an_event_that_comes_in_pieces_is_one() {
-        let (events, far) = Events::pair().unwrap();
+        let (events, far) = Events::pipe().unwrap();
         let mut listener = events.subscribe();
-        let mut far = StdUnixStream::from(far);
+        let mut far = File::from(far);
         far.write_all(b"{\n  \"source\": \"vm\",\n  \"event\": \"boo").unwrap();
         far.write_all(b"ted\"\n}\n\n{\"source\": \"vm\", \"event\": \"rebooting\"}\n\n").unwrap();
         assert!(is(&listener.recv().await.unwrap(), "vm", "booted"));
@@ -106,9 +115,9 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_no_event_is_passed_over() {
-        let (events, far) = Events::pair().unwrap();
+        let (events, far) = Events::pipe().unwrap();
         let mut listener = events.subscribe();
-        let mut far = StdUnixStream::from(far);
+        let mut far = File::from(far);
         far.write_all(b"]]]\n\n\n\n{\"source\": \"vm\", \"event\": \"booted\"}\n\n").unwrap();
         assert!(is(&listener.recv().await.unwrap(), "vm", "booted"));
         assert!(!events.has_rebooted());

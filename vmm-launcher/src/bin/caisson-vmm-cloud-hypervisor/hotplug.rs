@@ -6,9 +6,11 @@ use std::{collections::HashMap, path::Path, sync::Mutex, time::Duration};
 use caisson_protocol::vmm::{Device, GuestDevice, device::Kind};
 use caisson_vmm_launcher::{
     Error, Result, jail,
+    outlive::{Known, Lifetime},
     vfio::{self, HostDevice},
     virtiofsd::Virtiofsd,
 };
+use serde::{Deserialize, Serialize};
 use tokio::{
     sync::broadcast::{Receiver, error::RecvError},
     time::timeout,
@@ -28,6 +30,15 @@ const DETACH_DEADLINE: Duration = Duration::from_secs(20);
 #[derive(Debug, Default)]
 pub struct Attached(Mutex<HashMap<String, HostSide>>);
 
+/// Where a VM is on the host.
+#[derive(Debug)]
+pub struct Host<'a> {
+    /// Its process.
+    pub jailed: u32,
+    pub run_dir: &'a RunDir,
+    pub lifetime: &'a Lifetime,
+}
+
 /// What a device has on the host's side, from before it is attached until after it was detached.
 #[derive(Debug, Default)]
 struct HostSide {
@@ -36,14 +47,47 @@ struct HostSide {
     file_server: Option<Virtiofsd>,
 }
 
+/// [`HostSide`] for another launcher.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct KnownHostSide {
+    shown: Vec<String>,
+    /// With the share's name.
+    file_server: Option<(String, Known)>,
+}
+
 impl Attached {
-    /// Adds `device` to the VM that is process `jailed`, and answers where the guest finds it.
-    pub async fn attach(&self, device: &Device, jailed: u32, run_dir: &RunDir, api: &Api) -> Result<GuestDevice> {
+    /// Those of an adopted VM.
+    ///
+    /// # Errors
+    /// When a file server has ended.
+    pub fn adopt(known: HashMap<String, KnownHostSide>) -> Result<Self> {
+        let adopt = |(id, KnownHostSide { shown, file_server })| {
+            let file_server = file_server.map(|(tag, known)| Virtiofsd::adopt(&tag, &known)).transpose()?;
+            Ok((id, HostSide { shown, file_server }))
+        };
+        Ok(Self(Mutex::new(known.into_iter().map(adopt).collect::<Result<_>>()?)))
+    }
+
+    /// What another launcher needs to know of them.
+    ///
+    /// # Errors
+    /// When a file server has ended.
+    pub fn known(&self) -> Result<HashMap<String, KnownHostSide>> {
+        let known = |(id, host_side): (&String, &HostSide)| {
+            let file_server = host_side.file_server.as_ref().map(Virtiofsd::known).transpose()?;
+            Ok((id.clone(), KnownHostSide { shown: host_side.shown.clone(), file_server }))
+        };
+        self.lock().iter().map(known).collect()
+    }
+
+    /// Adds `device` to the VM, and answers where the guest finds it.
+    pub async fn attach(&self, device: &Device, host: &Host<'_>, api: &Api) -> Result<GuestDevice> {
+        let (jailed, run_dir) = (host.jailed, host.run_dir);
         let (list, body) = hotpluggable(device)?;
         if self.lock().contains_key(&device.id) {
             return Err(Error::Invalid(format!("a device is attached as \"{}\" already", device.id)));
         }
-        let host_side = HostSide::make(device, jailed, run_dir).await?;
+        let host_side = HostSide::make(device, host).await?;
         let place = match api.add(list, &body).await {
             Ok(place) => place,
             Err(refusal) => {
@@ -110,19 +154,21 @@ impl Attached {
 }
 
 impl HostSide {
-    async fn make(device: &Device, jailed: u32, run_dir: &RunDir) -> Result<Self> {
+    async fn make(device: &Device, host: &Host<'_>) -> Result<Self> {
         let (path, writable) = match &device.kind {
             Some(Kind::Block(block)) => (&block.path, !block.read_only),
             Some(Kind::Pmem(pmem)) => (&pmem.path, !pmem.read_only),
             Some(Kind::Fs(fs)) => {
-                let file_server = Virtiofsd::listen(fs, &run_dir.fs_socket(&device.id))?;
+                let file_server = Virtiofsd::listen(fs, &host.run_dir.fs_socket(&device.id), host.lifetime)?;
                 return Ok(Self { file_server: Some(file_server), ..Self::default() });
             }
-            Some(Kind::Vfio(vfio)) => return Self::of_host_device(&HostDevice::find(&vfio.address)?, jailed).await,
+            Some(Kind::Vfio(vfio)) => {
+                return Self::of_host_device(&HostDevice::find(&vfio.address)?, host.jailed).await;
+            }
             _ => return Ok(Self::default()),
         };
         let inside = layout::disk(&device.id);
-        jail::show(jailed, Path::new(path), Path::new(&inside), writable).await?;
+        jail::show(host.jailed, Path::new(path), Path::new(&inside), writable).await?;
         Ok(Self { shown: vec![inside], ..Self::default() })
     }
 

@@ -27,6 +27,8 @@ pub const FILLED_LATER: [&str; 4] = [DISKS, SNAPSHOTS, GROUPS, HOST_DEVICES];
 /// In the run directory.
 pub const VSOCK: &str = "vsock.sock";
 pub const SERIAL: &str = "serial.sock";
+/// Or in the state directory, which Cloud Hypervisor does not see.
+pub const API: &str = "api.sock";
 
 /// `name` in the run directory, as Cloud Hypervisor sees it.
 pub fn in_run(name: &str) -> String {
@@ -59,6 +61,16 @@ impl RunDir {
     /// `path`, which has no sockets yet.
     pub fn new(path: &Path) -> Self {
         Self { path: path.to_owned(), names: Mutex::new(vec![VSOCK.into(), SERIAL.into()]) }
+    }
+
+    /// `path` with the sockets `names`.
+    pub fn adopt(path: &Path, names: Vec<String>) -> Self {
+        Self { path: path.to_owned(), names: Mutex::new(names) }
+    }
+
+    /// The sockets' names.
+    pub fn names(&self) -> Vec<String> {
+        self.names.lock().expect("nobody panics with the names").clone()
     }
 
     /// `name` in it, on the host.

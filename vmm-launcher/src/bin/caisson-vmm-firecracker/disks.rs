@@ -5,6 +5,7 @@ use std::{collections::HashMap, path::Path, sync::Mutex};
 
 use caisson_protocol::vmm::Block;
 use caisson_vmm_launcher::{Error, Result, jail};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     api::Api,
@@ -14,7 +15,7 @@ use crate::{
 };
 
 /// A disk that is empty.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct Spare {
     /// As Firecracker calls it.
     pub id: String,
@@ -35,8 +36,9 @@ pub struct Spares {
     disks: Mutex<Disks>,
 }
 
-#[derive(Debug)]
-struct Disks {
+/// What another launcher needs to know of them.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Disks {
     free: Vec<Spare>,
     attached: HashMap<String, Spare>,
 }
@@ -47,6 +49,16 @@ impl Spares {
         // The first to be taken is at the end.
         spares.reverse();
         Self { disks: Mutex::new(Disks { free: spares, attached: HashMap::new() }) }
+    }
+
+    /// Those of an adopted VM.
+    pub fn adopt(disks: Disks) -> Self {
+        Self { disks: Mutex::new(disks) }
+    }
+
+    /// Which of them has what.
+    pub fn disks(&self) -> Disks {
+        self.lock().clone()
     }
 
     /// Puts `block` behind a spare disk of the VM that is process `jailed`.

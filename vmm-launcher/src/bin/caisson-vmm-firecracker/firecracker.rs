@@ -1,7 +1,7 @@
 //! One Firecracker process with its VM.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::Stdio,
     sync::{
         Mutex,
@@ -12,20 +12,23 @@ use std::{
 
 use caisson_protocol::vmm::{
     CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeMemoryRequest, RestoreRequest,
-    SnapshotRequest, VmConfig, WaitResponse, device::Kind,
+    SnapshotRequest, VmConfig, VmState, WaitResponse, device::Kind,
 };
 use caisson_vmm_launcher::{
     Error, Result,
     console::{self, Audience, Console},
-    hypervisor::{Created, Hypervisor},
+    hypervisor::{Adopted, Created, Hypervisor},
     jail::{self, Jail},
     kernel::{self, KernelFormat},
     kvm, metrics,
     options::{describe, parse, with_defaults, with_needs},
-    process::{Ended, Process, Streams},
+    outlive::{Lifetime, Memory, connect},
+    process::{Ended, Process, Streams, lasting_pipe, reopen},
     request,
     vm::exit,
 };
+use rustix::pipe::fcntl_setpipe_size;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::time::timeout;
 use tracing::{debug, info};
@@ -33,7 +36,7 @@ use tracing::{debug, info};
 use crate::{
     api::{Api, SnapshotFiles},
     configuration::{self, Configuration, iface, memory_to_add},
-    disks::{Spares, spares},
+    disks::{Disks, Spares, spares},
     layout::{self, API, LOG, METRICS, RunDir, SNAPSHOT},
     log::Log,
     metrics::Counters,
@@ -48,6 +51,10 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 const END_AFTER_REFUSAL: Duration = Duration::from_millis(100);
 /// `MAX_SUPPORTED_VCPUS`.
 const MAX_VCPUS: u32 = 32;
+/// What the guest may write while nobody reads it.
+const CONSOLE_BYTES: usize = 1 << 18;
+/// The console, as Firecracker has it.
+const STDOUT: i32 = 1;
 /// Firecracker's exit status after a system call that its seccomp filters forbid.
 const BAD_SYSCALL: i32 = 148;
 
@@ -65,6 +72,18 @@ pub struct Firecracker {
     booted: AtomicBool,
     /// What lives as long as Firecracker does.
     held: Mutex<Option<(RunDir, Option<Input>)>>,
+    run_dir: PathBuf,
+    console_log: Option<PathBuf>,
+}
+
+/// What another launcher needs to know, beside Firecracker's process.
+#[derive(Debug, Deserialize, Serialize)]
+struct Own {
+    run_dir: PathBuf,
+    disks: Disks,
+    memory_mib: u64,
+    more_memory_mib: u64,
+    vcpus: u32,
 }
 
 impl Hypervisor for Firecracker {
@@ -72,6 +91,7 @@ impl Hypervisor for Firecracker {
     const DEFAULT_PATH: &'static str = "/usr/bin/firecracker";
 
     const HUGE_PAGES: Result<(), &'static str> = Ok(());
+    const OUTLIVES_LAUNCHER: Result<(), &'static str> = Ok(());
 
     fn options() -> Value {
         with_defaults(with_needs(describe::<Options>(DOCS), NEEDS), &[("shared_fs", "none".into())])
@@ -96,7 +116,7 @@ impl Hypervisor for Firecracker {
         let run_dir = Path::new(&request.run_dir);
         let configuration = Configuration::of(vm, &options, run_dir)?;
         check_kernel(vm).await?;
-        let firecracker = start(run_dir, vm, &options, audience, Jail::default()).await?;
+        let firecracker = start(request, vm, &options, audience, Jail::default()).await?;
         let configured = firecracker.api.configure(&configuration.calls).await;
         firecracker.made(configured, configuration.devices).await
     }
@@ -114,7 +134,7 @@ impl Hypervisor for Firecracker {
         let devices = Configuration::of(vm, &options, run_dir)?.devices;
         let mut jail = Jail::default();
         jail.show(&request.directory, SNAPSHOT, false);
-        let firecracker = start(run_dir, vm, &options, audience, jail).await?;
+        let firecracker = start(&as_new, vm, &options, audience, jail).await?;
         let loaded = firecracker.api.load_snapshot(&snapshot_files(), &taps(vm)).await;
         firecracker.booted.store(true, Ordering::Relaxed);
         firecracker.made(loaded, devices).await
@@ -205,6 +225,52 @@ impl Hypervisor for Firecracker {
         &self.console
     }
 
+    fn remember(&self) -> Result<Memory> {
+        let own = Own {
+            run_dir: self.run_dir.clone(),
+            disks: self.spares.disks(),
+            memory_mib: self.memory_mib,
+            more_memory_mib: self.more_memory_mib,
+            vcpus: self.vcpus,
+        };
+        Ok(Memory {
+            process: self.process.known()?,
+            console_log: self.console_log.clone(),
+            own: serde_json::to_value(own).expect("paths of requests are UTF-8"),
+        })
+    }
+
+    async fn adopt(_: &Path, memory: Memory) -> Result<Adopted<Self>> {
+        let own: Own = memory.own()?;
+        let process = Process::adopt(&memory.process)?;
+        let files = RunDir::adopt(&own.run_dir);
+        let (log, counters) = (Log::read(&files.path(LOG))?, Counters::read(&files.path(METRICS))?);
+        let output = reopen(process.pid(), STDOUT).map_err(Error::host("listen to the guest's console"))?;
+        let console = Console::adopt_pipe(output, memory.console_log.as_deref())?;
+        let api = Api::over(connect(&memory.process, &files.path(API)).await?).await?;
+        let state = match api.state().await?.as_str() {
+            "Not started" => VmState::CREATED,
+            "Paused" => VmState::PAUSED,
+            _ => VmState::RUNNING,
+        };
+        let hypervisor = Self {
+            process,
+            api,
+            console,
+            log,
+            counters,
+            spares: Spares::adopt(own.disks),
+            memory_mib: own.memory_mib,
+            more_memory_mib: own.more_memory_mib,
+            vcpus: own.vcpus,
+            booted: AtomicBool::new(state != VmState::CREATED),
+            held: Mutex::new(Some((files, None))),
+            run_dir: own.run_dir,
+            console_log: memory.console_log,
+        };
+        Ok(Adopted { hypervisor, state })
+    }
+
     async fn metrics(&self) -> Result<String> {
         let mut known = metrics::Metrics::default();
         known.number(metrics::MEMORY, self.memory_mib << 20);
@@ -219,17 +285,30 @@ impl Hypervisor for Firecracker {
 
 /// Starts Firecracker in `jail` until its API answers. When this fails or is given up, Firecracker has ended.
 async fn start(
-    run_dir: &Path,
+    request: &CreateRequest,
     vm: &VmConfig,
     options: &Options,
     audience: Audience,
     mut jail: Jail,
 ) -> Result<Firecracker> {
     let started = Instant::now();
+    let run_dir = Path::new(&request.run_dir);
     kvm::require("Firecracker").await?;
     let files = RunDir::prepare(run_dir)?;
     let (log, counters) = (Log::read(&files.path(LOG))?, Counters::read(&files.path(METRICS))?);
-    let (console, output) = Console::open(console::log_of(&vm.devices), audience)?;
+    let lifetime = Lifetime::of(request)?;
+    jail.let_live(&lifetime);
+    let console_log = console::log_of(&vm.devices);
+    let (console, output) = match lifetime.is_longer() {
+        // Another launcher finds it by Firecracker's own descriptor.
+        true => {
+            let (near, far) = lasting_pipe().map_err(Error::host("make a pipe for the console"))?;
+            // Firecracker loses what does not fit. A smaller one is no reason to have no VM.
+            let _ = fcntl_setpipe_size(&far, CONSOLE_BYTES);
+            (Console::over_pipe(near, console_log)?, far)
+        }
+        false => Console::open(console_log, audience)?,
+    };
     let (input, stdin) = match audience {
         Audience::Nobody => (None, Stdio::null()),
         Audience::Terminal => {
@@ -279,6 +358,8 @@ async fn start(
         vcpus: vm.vcpus,
         booted: AtomicBool::new(false),
         held: Mutex::new(Some((files, input))),
+        run_dir: run_dir.to_owned(),
+        console_log: console_log.map(Path::to_owned),
     })
 }
 
@@ -301,7 +382,7 @@ impl Firecracker {
         if let Some(words) = self.console.panic() {
             return (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}"));
         }
-        if ended.status.success() {
+        if ended.well() {
             return (ExitReason::GUEST_SHUTDOWN, "the guest rebooted, which ends its VM".into());
         }
         (ExitReason::HYPERVISOR_FAILED, self.describe(ended))
@@ -315,7 +396,7 @@ impl Firecracker {
 /// With the end of Firecracker's log, which has what its standard error has not.
 fn describe_end(process: &Process, ended: &Ended, log: &Log) -> String {
     let mut words = process.describe(ended);
-    if ended.status.code() == Some(BAD_SYSCALL) {
+    if ended.status.and_then(|status| status.code()) == Some(BAD_SYSCALL) {
         words.push_str(" (a system call that its seccomp filters forbid)");
     }
     let log = log.text();

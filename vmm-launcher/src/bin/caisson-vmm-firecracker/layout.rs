@@ -3,11 +3,14 @@
 
 use std::{
     fs::{self, File},
+    io,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
 use caisson_vmm_launcher::{Error, Result};
-use nix::{sys::stat::Mode, unistd::mkfifo};
+use nix::{fcntl::OFlag, sys::stat::Mode, unistd::mkfifo};
+use tokio::net::unix::pipe;
 
 /// The VM's run directory.
 pub const RUN: &str = "/run";
@@ -36,6 +39,13 @@ pub fn disk(id: &str) -> String {
     format!("{DISKS}/{id}")
 }
 
+/// Opens the named pipe `path`, and nothing else that Firecracker may have put there.
+pub fn open_pipe(path: &Path) -> io::Result<pipe::Receiver> {
+    // Also for writing, so that it does not end before Firecracker has opened it.
+    let flags = (OFlag::O_NONBLOCK | OFlag::O_NOFOLLOW).bits();
+    pipe::Receiver::from_file(File::options().read(true).write(true).custom_flags(flags).open(path)?)
+}
+
 /// The launcher's and Firecracker's files in the run directory; removed when dropped.
 #[derive(Debug)]
 pub struct RunDir(PathBuf);
@@ -54,6 +64,11 @@ impl RunDir {
         };
         made().map_err(Error::host(format!("make files in {}", path.display())))?;
         Ok(run_dir)
+    }
+
+    /// That of an adopted Firecracker.
+    pub fn adopt(path: &Path) -> Self {
+        Self(path.to_owned())
     }
 
     /// `name` in it, on the host.

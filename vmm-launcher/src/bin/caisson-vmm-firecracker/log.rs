@@ -6,12 +6,9 @@ use std::{
 };
 
 use caisson_vmm_launcher::{Error, Result, tail::Tail};
-use tokio::{
-    io::AsyncReadExt,
-    net::{UnixStream, unix::pipe},
-    sync::watch,
-    task::AbortHandle,
-};
+use tokio::{io::AsyncReadExt, net::UnixStream, sync::watch, task::AbortHandle};
+
+use crate::layout::open_pipe;
 
 /// The log of one Firecracker.
 #[derive(Debug)]
@@ -27,8 +24,7 @@ impl Log {
     /// # Errors
     /// When it cannot be opened.
     pub fn read(path: &Path) -> Result<Self> {
-        // Also for writing, so that it does not end before Firecracker has opened it.
-        let pipe = pipe::OpenOptions::new().read_write(true).open_receiver(path);
+        let pipe = open_pipe(path);
         let mut pipe = pipe.map_err(Error::host(format!("open {}", path.display())))?;
         let tail = Arc::new(Mutex::new(Tail::default()));
         let (tell, grown) = watch::channel(());

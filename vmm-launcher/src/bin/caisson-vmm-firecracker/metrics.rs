@@ -15,13 +15,12 @@ use caisson_vmm_launcher::{
 use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader},
-    net::unix::pipe,
     sync::watch,
     task::AbortHandle,
     time::timeout,
 };
 
-use crate::api::Api;
+use crate::{api::Api, layout::open_pipe};
 
 /// Firecracker writes before it answers, unless the pipe is full.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -85,8 +84,7 @@ impl Counters {
     /// # Errors
     /// When it cannot be opened.
     pub fn read(path: &Path) -> Result<Self> {
-        // Also for writing, so that it does not end before Firecracker has opened it.
-        let pipe = pipe::OpenOptions::new().read_write(true).open_receiver(path);
+        let pipe = open_pipe(path);
         let mut pipe = BufReader::new(pipe.map_err(Error::host(format!("open {}", path.display())))?);
         let sums = Arc::new(Mutex::new(Sums::default()));
         let (tell, told) = watch::channel(());

@@ -3,7 +3,11 @@
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use caisson_protocol::vmm::{Balloon, Block, Net, Pmem, VmConfig, device::Kind};
-use caisson_vmm_launcher::{Error, Result, guest_vsock::GuestVsock, huge_pages::SIZE_MIB};
+use caisson_vmm_launcher::{
+    Error, Result,
+    guest_vsock::{GuestVsock, VsockServer},
+    huge_pages::SIZE_MIB,
+};
 
 use crate::{
     accelerator::Accelerator,
@@ -29,6 +33,15 @@ const PMEM_BLOCK: u64 = 2 << 20;
 
 /// A device that is memory to the guest has its place at a multiple of this, in MiB.
 const PLACE_MIB: u64 = 1024;
+
+/// QEMU's end of a connection to the launcher.
+#[derive(Debug)]
+pub enum Socket {
+    /// For as long as this launcher runs.
+    Connected(OwnedFd),
+    /// For one launcher after the other; the first waits in it.
+    Listening(OwnedFd),
+}
 
 /// Grows until QEMU is started.
 #[derive(Debug)]
@@ -107,18 +120,26 @@ impl CommandLine {
         self.push("-append", params);
     }
 
-    /// The machine protocol on a connected socket.
-    pub fn monitor(&mut self, socket: OwnedFd) {
-        let fd = self.inherit(socket);
-        self.push("-chardev", format!("socket,id=qmp,fd={fd}"));
+    /// The machine protocol.
+    pub fn monitor(&mut self, socket: Socket) {
+        self.socket("qmp", socket);
         self.push("-mon", "chardev=qmp,mode=control");
     }
 
-    /// The first serial port on a connected socket.
-    pub fn console(&mut self, socket: OwnedFd) {
-        let fd = self.inherit(socket);
-        self.push("-chardev", format!("socket,id=console,fd={fd}"));
+    /// The first serial port.
+    pub fn console(&mut self, socket: Socket) {
+        self.socket("console", socket);
         self.push("-serial", "chardev:console");
+    }
+
+    fn socket(&mut self, id: &str, socket: Socket) {
+        let (fd, how) = match socket {
+            Socket::Connected(fd) => (fd, ""),
+            // It takes one connection after the other, and does not wait for the first.
+            Socket::Listening(fd) => (fd, ",server=on,wait=off"),
+        };
+        let fd = self.inherit(fd);
+        self.push("-chardev", format!("socket,id={id},fd={fd}{how}"));
     }
 
     pub fn block(&mut self, id: &str, block: &Block) {
@@ -148,18 +169,18 @@ impl CommandLine {
     }
 
     /// Answers with what must live as long as QEMU.
-    pub fn vsock(&mut self, id: &str, vsock: GuestVsock) -> Option<caisson_vmm_launcher::vsock::VsockBackend> {
+    pub fn vsock(&mut self, id: &str, vsock: GuestVsock) -> Option<VsockServer> {
         match vsock {
             GuestVsock::Kernel { vhost, cid } => {
                 let fd = self.inherit(vhost);
                 self.device("vhost-vsock", id, &format!("guest-cid={cid},vhostfd={fd}"));
                 None
             }
-            GuestVsock::Hybrid { backend, connection } => {
+            GuestVsock::Hybrid { server, connection } => {
                 let fd = self.inherit(connection);
                 self.push("-chardev", format!("socket,id=vsock-{id},fd={fd}"));
                 self.device("vhost-user-vsock", id, &format!("chardev=vsock-{id}"));
-                Some(backend)
+                Some(server)
             }
         }
     }

@@ -6,6 +6,7 @@ use std::{collections::HashMap, sync::Mutex, time::Duration};
 
 use caisson_protocol::vmm::{Device, device::Kind};
 use caisson_vmm_launcher::{Error, Result, qmp::Qmp, request, vfio::HostDevice};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
@@ -21,20 +22,22 @@ pub struct Slots {
     devices: Mutex<Devices>,
 }
 
-#[derive(Debug)]
-struct Devices {
+/// What another launcher needs to know of them.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Devices {
     free: Vec<u8>,
     attached: HashMap<String, Attached>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 struct Attached {
     slot: u8,
     /// How QEMU forgets the host's side of the device, if it has one of its own.
     forget: Option<Forget>,
 }
 
-type Forget = (&'static str, Value);
+/// A command with its arguments.
+type Forget = (String, Value);
 
 /// The slot's name as a bus.
 pub fn bus(slot: u8) -> String {
@@ -48,6 +51,21 @@ impl Slots {
             machine_type,
             devices: Mutex::new(Devices { free: (0..count).rev().collect(), attached: HashMap::new() }),
         }
+    }
+
+    /// Those of an adopted VM.
+    pub fn adopt(machine_type: MachineType, devices: Devices) -> Self {
+        Self { machine_type, devices: Mutex::new(devices) }
+    }
+
+    /// What has them.
+    pub fn machine_type(&self) -> MachineType {
+        self.machine_type
+    }
+
+    /// Which slot has which device.
+    pub fn devices(&self) -> Devices {
+        self.devices.lock().expect("nobody panics with the slots").clone()
     }
 
     /// Whether nothing came while the VM ran that has not gone again.
@@ -69,7 +87,7 @@ impl Slots {
             }
             if let Err(error) = qmp.execute("device_add", device_add).await {
                 if let Some((command, arguments)) = forget {
-                    qmp.execute(command, arguments).await?;
+                    qmp.execute(&command, arguments).await?;
                 }
                 return Err(error);
             }
@@ -113,7 +131,7 @@ impl Slots {
             }
         }
         if let Some((command, arguments)) = attached.forget {
-            qmp.execute(command, arguments).await?;
+            qmp.execute(&command, arguments).await?;
         }
         self.give_back(id);
         Ok(())
@@ -165,7 +183,7 @@ fn parts(device: &Device) -> Result<Parts> {
             let add = json!({ "driver": "raw", "node-name": node, "read-only": block.read_only, "file": file });
             Ok(Parts {
                 add: Some(("blockdev-add", add)),
-                forget: Some(("blockdev-del", json!({ "node-name": node }))),
+                forget: Some(("blockdev-del".to_owned(), json!({ "node-name": node }))),
                 device_add: json!({ "driver": "virtio-blk-pci", "drive": node, "serial": id }),
                 address: format!("serial:{id}"),
             })
@@ -178,7 +196,7 @@ fn parts(device: &Device) -> Result<Parts> {
                 add["queues"] = net.queue_pairs.into();
                 device_add["mq"] = true.into();
             }
-            let forget = Some(("netdev_del", json!({ "id": netdev })));
+            let forget = Some(("netdev_del".to_owned(), json!({ "id": netdev })));
             Ok(Parts { add: Some(("netdev_add", add)), forget, device_add, address: String::new() })
         }
         Kind::Vfio(vfio) => {
@@ -198,7 +216,7 @@ mod tests {
     use super::*;
 
     fn forget() -> Option<Forget> {
-        Some(("blockdev-del", json!({})))
+        Some(("blockdev-del".to_owned(), json!({})))
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::{
     collections::HashMap,
+    fs,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
     path::{Path, PathBuf},
     sync::Mutex,
     time::{Duration, Instant},
@@ -9,45 +11,44 @@ use std::{
 
 use caisson_protocol::vmm::{
     Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeMemoryRequest,
-    ResizeVcpusRequest, RestoreRequest, SnapshotRequest, VmConfig, WaitResponse, device::Kind,
+    ResizeVcpusRequest, RestoreRequest, SnapshotRequest, VmConfig, VmState, WaitResponse, device::Kind,
 };
 use caisson_vmm_launcher::{
     Error, Result,
     console::{self, Audience, Console},
-    guest_vsock::GuestVsock,
-    hypervisor::{Created, Hypervisor},
+    guest_vsock::{GuestVsock, VsockServer},
+    hypervisor::{Adopted, Created, Hypervisor},
     kernel, metrics,
     options::{describe, parse, with_needs},
-    process::{Ended, Process},
+    outlive::{Known, Lifetime, Memory},
+    process::{Ended, Process, Streams},
     qmp::Qmp,
     request,
     time_stamp::Moment,
     vfio::HostDevice,
-    virtiofsd::{Virtiofsd, any_failed},
+    virtiofsd::{Virtiofsd, any_failed, named_listener},
     vm::exit,
-    vsock::VsockBackend,
 };
+use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tokio::time::timeout;
+use tokio::{net::UnixStream, time::timeout};
 use tracing::{debug, info};
 
 use crate::{
     accelerator::{self, Accelerator},
-    command_line::CommandLine,
-    hotplug::Slots,
+    command_line::{CommandLine, Socket},
+    hotplug::{self, Slots},
     kernel_params::kernel_params,
     options::{DOCS, MachineType, NEEDS, Options},
     probe::Installed,
     saved::{self, Saved},
-    sizes::Sizes,
+    sizes::{self, Sizes},
 };
 
 /// QEMU is ready in a tenth of a second, unless the host is very busy.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// It reads all of the guest's memory first.
 const RESTORE_DEADLINE: Duration = Duration::from_secs(150);
-/// A helper ends when QEMU closes its connection, and that is shortly before QEMU itself has ended.
-const HELPER_AFTER_QEMU: Duration = Duration::from_secs(1);
 /// How much later a helper's end may be heard of than that of the QEMU that ended by it.
 const HELPER_BEFORE_QEMU: Duration = Duration::from_millis(100);
 /// How much later than its connection QEMU may end.
@@ -91,13 +92,56 @@ pub struct Qemu {
     run_dir: PathBuf,
     /// A device that keeps the VM from being saved.
     unsaveable: Option<String>,
+    known: KnownHelpers,
+    /// Where another launcher finds QEMU.
+    sockets: Option<Sockets>,
+    console_log: Option<PathBuf>,
 }
 
 /// What lives as long as QEMU does.
 #[derive(Default)]
 struct Helpers {
     file_servers: Vec<Virtiofsd>,
-    vsock: Option<VsockBackend>,
+    vsock: Option<VsockServer>,
+}
+
+/// [`Helpers`] for another launcher.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+struct KnownHelpers {
+    /// By their shares.
+    file_servers: Vec<(String, Known)>,
+    /// By its socket.
+    vsock: Option<(PathBuf, Known)>,
+}
+
+/// What another launcher needs to know of QEMU, beside its processes.
+#[derive(Debug, Deserialize, Serialize)]
+struct Own {
+    run_dir: PathBuf,
+    machine_type: MachineType,
+    devices: hotplug::Devices,
+    sizes: sizes::KnownSizes,
+    unsaveable: Option<String>,
+    helpers: KnownHelpers,
+}
+
+/// The sockets on which QEMU takes one launcher after the other.
+#[derive(Debug)]
+struct Sockets {
+    qmp: PathBuf,
+    console: PathBuf,
+}
+
+impl Sockets {
+    fn in_dir(state_dir: &Path) -> Self {
+        Self { qmp: state_dir.join("qmp.sock"), console: state_dir.join("console.sock") }
+    }
+
+    fn remove(&self) {
+        for socket in [&self.qmp, &self.console] {
+            let _ = fs::remove_file(socket);
+        }
+    }
 }
 
 impl Hypervisor for Qemu {
@@ -105,6 +149,7 @@ impl Hypervisor for Qemu {
     const DEFAULT_PATH: &'static str = "/usr/bin/qemu-system-x86_64";
 
     const HUGE_PAGES: Result<(), &'static str> = Ok(());
+    const OUTLIVES_LAUNCHER: Result<(), &'static str> = Ok(());
 
     fn options() -> serde_json::Value {
         with_needs(describe::<Options>(DOCS), NEEDS)
@@ -198,19 +243,10 @@ impl Hypervisor for Qemu {
 
     async fn ended(&self) -> WaitResponse {
         let helpers = std::mem::take(&mut *self.helpers.lock().expect("nobody panics with the helpers"));
-        let (ended, helper) = tokio::select! {
-            ended = self.process.ended() => (ended, None),
-            // It ends when QEMU does, and may be heard of first. Without QEMU's end, a guest whose file system is gone hangs.
-            helper = any_failed(&helpers.file_servers) => match timeout(HELPER_AFTER_QEMU, self.process.ended()).await {
-                Ok(ended) => (ended, None),
-                Err(_) => {
-                    self.process.kill();
-                    (self.process.ended().await, Some(helper))
-                }
-            }
-        };
+        let (ended, helper) = self.process.ended_with(helpers.failed()).await;
         self.console.drained().await;
         helpers.end().await;
+        self.sockets.iter().for_each(Sockets::remove);
         let (reason, detail) = match helper {
             Some(helper) => (ExitReason::HYPERVISOR_FAILED, helper),
             None => self.explain(&ended),
@@ -224,6 +260,59 @@ impl Hypervisor for Qemu {
 
     fn console(&self) -> &Console {
         &self.console
+    }
+
+    fn remember(&self) -> Result<Memory> {
+        let helpers = &self.known;
+        let own = Own {
+            run_dir: self.run_dir.clone(),
+            machine_type: self.slots.machine_type(),
+            devices: self.slots.devices(),
+            sizes: self.sizes.known(),
+            unsaveable: self.unsaveable.clone(),
+            helpers: helpers.clone(),
+        };
+        Ok(Memory {
+            process: self.process.known()?,
+            console_log: self.console_log.clone(),
+            own: serde_json::to_value(own).expect("paths of requests are UTF-8"),
+        })
+    }
+
+    async fn adopt(state_dir: &Path, memory: Memory) -> Result<Adopted<Self>> {
+        let own: Own = memory.own()?;
+        let process = Process::adopt(&memory.process)?;
+        let sockets = Sockets::in_dir(state_dir);
+        let qmp = Qmp::over("QEMU", connect(&sockets.qmp).await?);
+        qmp.negotiate().await?;
+        let console = Console::adopt(connect(&sockets.console).await?, memory.console_log.as_deref())?;
+        let mut helpers = Helpers::default();
+        for (tag, known) in &own.helpers.file_servers {
+            helpers.file_servers.push(Virtiofsd::adopt(tag, known)?);
+        }
+        if let Some((socket, known)) = &own.helpers.vsock {
+            helpers.vsock = Some(VsockServer::adopt(socket, known)?);
+        }
+        let status = qmp.execute("query-status", json!({})).await?;
+        let state = match status["status"].as_str() {
+            Some("prelaunch" | "inmigrate") => VmState::CREATED,
+            Some("paused") => VmState::PAUSED,
+            _ => VmState::RUNNING,
+        };
+        let hypervisor = Self {
+            process,
+            qmp,
+            console,
+            helpers: Mutex::new(helpers),
+            slots: Slots::adopt(own.machine_type, own.devices),
+            sizes: Sizes::adopt(own.machine_type, own.sizes),
+            run_dir: own.run_dir,
+            unsaveable: own.unsaveable,
+            known: own.helpers,
+            sockets: Some(sockets),
+            console_log: memory.console_log,
+        };
+        Ok(Adopted { hypervisor, state })
     }
 
     async fn metrics(&self) -> Result<String> {
@@ -267,16 +356,31 @@ async fn start_with(
 
     let shared_memory = vm.devices.iter().any(|device| matches!(device.kind, Some(Kind::Fs(_) | Kind::Vsock(_))));
     let mut line = CommandLine::new(vm, &options, accelerator, shared_memory);
-    let (qmp, socket) = Qmp::pair("QEMU").map_err(Error::host("make QEMU's socket pair"))?;
-    line.monitor(socket);
-    let (console, socket) = Console::open(console::log_of(&vm.devices), audience)?;
-    line.console(socket);
+    let (lifetime, console_log) = (Lifetime::of(request)?, console::log_of(&vm.devices));
+    let sockets = lifetime.is_longer().then(|| Sockets::in_dir(Path::new(&request.state_dir)));
+    let (qmp, console) = match &sockets {
+        Some(sockets) => {
+            let (listener, connection) = named_listener(&sockets.qmp)?;
+            line.monitor(Socket::Listening(listener.into()));
+            let qmp = Qmp::over("QEMU", ours(connection)?);
+            let (listener, connection) = named_listener(&sockets.console)?;
+            line.console(Socket::Listening(listener.into()));
+            (qmp, Console::over(ours(connection)?, console_log, audience)?)
+        }
+        None => {
+            let (qmp, socket) = Qmp::pair("QEMU").map_err(Error::host("make QEMU's socket pair"))?;
+            line.monitor(Socket::Connected(socket));
+            let (console, socket) = Console::open(console_log, audience)?;
+            line.console(Socket::Connected(socket));
+            (qmp, console)
+        }
+    };
     if !vm.image.is_empty() {
         line.block(IMAGE_ID, &Block { path: vm.image.clone(), read_only: true, ..Default::default() });
     }
     let mut devices = Vec::with_capacity(vm.devices.len());
     for device in &vm.devices {
-        let address = add(device, Path::new(&request.run_dir), &mut line, helpers)?;
+        let address = add(device, Path::new(&request.run_dir), &lifetime, &mut line, helpers)?;
         devices.push(GuestDevice { id: device.id.clone(), address, ..Default::default() });
     }
     let incoming = saved.map(|saved| line.incoming(saved));
@@ -287,10 +391,12 @@ async fn start_with(
 
     debug!(arguments = ?line.arguments, "starting QEMU");
     let spawned = Instant::now();
-    let process = Process::start(Path::new(&vm.hypervisor_path), &line.arguments, line.descriptors)?;
-    if let Err(error) = ready(&process, &qmp, incoming.as_deref(), &helpers.file_servers).await {
+    let program = Path::new(&vm.hypervisor_path);
+    let process = Process::start_with(program, &line.arguments, line.descriptors, Streams::none(), &lifetime)?;
+    if let Err(error) = ready(&process, &qmp, incoming.as_deref(), helpers).await {
         process.kill();
         process.ended().await;
+        sockets.iter().for_each(Sockets::remove);
         return Err(error);
     }
     info!(prepare = ?spawned - started, start = ?spawned.elapsed(), "QEMU started");
@@ -303,6 +409,9 @@ async fn start_with(
         sizes: Sizes::of(vm, options.machine_type),
         run_dir: request.run_dir.clone().into(),
         unsaveable: unsaveable(vm, helpers.vsock.is_some()),
+        known: if lifetime.is_longer() { helpers.known()? } else { KnownHelpers::default() },
+        sockets,
+        console_log: console_log.map(Path::to_owned),
     };
     Ok(Created { hypervisor, devices })
 }
@@ -330,7 +439,7 @@ fn unsaveable(vm: &VmConfig, has_hybrid_vsock: bool) -> Option<String> {
 }
 
 /// Waits until QEMU answers; whatever ends before is the reason why it does not.
-async fn ready(process: &Process, qmp: &Qmp, incoming: Option<&str>, file_servers: &[Virtiofsd]) -> Result<()> {
+async fn ready(process: &Process, qmp: &Qmp, incoming: Option<&str>, helpers: &Helpers) -> Result<()> {
     let answers = async {
         qmp.negotiate().await?;
         match incoming {
@@ -342,13 +451,13 @@ async fn ready(process: &Process, qmp: &Qmp, incoming: Option<&str>, file_server
         tokio::select! {
             // A helper that died explains a QEMU that died of it.
             biased;
-            helper = any_failed(file_servers) => Err(Error::Hypervisor(helper)),
-            ended = process.ended() => Err(did_not_start(process, &ended, file_servers).await),
+            helper = helpers.failed() => Err(Error::Hypervisor(helper)),
+            ended = process.ended() => Err(did_not_start(process, &ended, helpers).await),
             ready = answers => match ready {
                 Ok(()) => Ok(()),
                 // QEMU greets before it makes its machine; when that fails, its connection ends before it does.
                 Err(error) => match timeout(QEMU_AFTER_QMP, process.ended()).await {
-                    Ok(ended) => Err(did_not_start(process, &ended, file_servers).await),
+                    Ok(ended) => Err(did_not_start(process, &ended, helpers).await),
                     Err(_) => Err(error),
                 }
             }
@@ -361,20 +470,53 @@ async fn ready(process: &Process, qmp: &Qmp, incoming: Option<&str>, file_server
     })
 }
 
-async fn did_not_start(process: &Process, ended: &Ended, file_servers: &[Virtiofsd]) -> Error {
+async fn did_not_start(process: &Process, ended: &Ended, helpers: &Helpers) -> Error {
     // QEMU notices a helper's end by its socket, which closes before the helper has quite ended.
-    let helper = timeout(HELPER_BEFORE_QEMU, any_failed(file_servers)).await;
+    let helper = timeout(HELPER_BEFORE_QEMU, helpers.failed()).await;
     Error::Hypervisor(helper.unwrap_or_else(|_| format!("QEMU did not start: {}", process.describe(ended))))
 }
 
 impl Helpers {
+    /// Answers with the words of the first that fails; never when none does.
+    async fn failed(&self) -> String {
+        let vsock = async {
+            match &self.vsock {
+                Some(vsock) => vsock.failed().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            helper = any_failed(&self.file_servers) => helper,
+            helper = vsock => helper,
+        }
+    }
+
+    fn known(&self) -> Result<KnownHelpers> {
+        Ok(KnownHelpers {
+            file_servers: self.file_servers.iter().map(Virtiofsd::known).collect::<Result<_>>()?,
+            vsock: self.vsock.as_ref().map(VsockServer::known).transpose()?.flatten(),
+        })
+    }
+
     async fn end(self) {
         for file_server in self.file_servers {
             file_server.end().await;
         }
-        // Stopped when dropped.
-        drop(self.vsock);
+        if let Some(vsock) = self.vsock {
+            vsock.end().await;
+        }
     }
+}
+
+/// Our end of a connection that waits for QEMU.
+fn ours(connection: OwnedFd) -> Result<UnixStream> {
+    let connection = StdUnixStream::from(connection);
+    let stream = connection.set_nonblocking(true).and_then(|()| UnixStream::from_std(connection));
+    stream.map_err(Error::host("use a socket of this program itself"))
+}
+
+async fn connect(socket: &Path) -> Result<UnixStream> {
+    UnixStream::connect(socket).await.map_err(Error::host(format!("connect to QEMU's {}", socket.display())))
 }
 
 impl Qemu {
@@ -384,7 +526,7 @@ impl Qemu {
         if let Some(words) = self.console.panic() {
             return (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}"));
         }
-        if ended.status.success() && reason != "host-signal" {
+        if ended.well() && reason != "host-signal" {
             let how = if reason == "guest-reset" { "rebooted, which ends its VM" } else { "powered off" };
             return (ExitReason::GUEST_SHUTDOWN, format!("the guest {how}"));
         }
@@ -393,7 +535,13 @@ impl Qemu {
 }
 
 /// Adds one device, and answers where the guest finds it.
-fn add(device: &Device, run_dir: &Path, line: &mut CommandLine, helpers: &mut Helpers) -> Result<String> {
+fn add(
+    device: &Device,
+    run_dir: &Path,
+    lifetime: &Lifetime,
+    line: &mut CommandLine,
+    helpers: &mut Helpers,
+) -> Result<String> {
     let id = device.id.as_str();
     let kind = request::kind(device)?;
     match kind {
@@ -406,7 +554,7 @@ fn add(device: &Device, run_dir: &Path, line: &mut CommandLine, helpers: &mut He
             Ok(String::new())
         }
         Kind::Vsock(vsock) => {
-            let vsock_device = GuestVsock::open(Path::new(&vsock.socket), run_dir)?;
+            let vsock_device = GuestVsock::open(Path::new(&vsock.socket), run_dir, lifetime)?;
             let address = match &vsock_device {
                 GuestVsock::Kernel { cid, .. } => format!("vsock:{cid}"),
                 GuestVsock::Hybrid { .. } => format!("hvsock:{}", vsock.socket),
@@ -415,7 +563,7 @@ fn add(device: &Device, run_dir: &Path, line: &mut CommandLine, helpers: &mut He
             Ok(address)
         }
         Kind::Fs(fs) => {
-            let (file_server, connection) = Virtiofsd::start(fs, run_dir)?;
+            let (file_server, connection) = Virtiofsd::start(fs, run_dir, lifetime)?;
             helpers.file_servers.push(file_server);
             line.fs(id, &fs.tag, connection);
             Ok(format!("tag:{}", fs.tag))

@@ -5,6 +5,7 @@ use std::{sync::Mutex, time::Duration};
 
 use caisson_protocol::vmm::VmConfig;
 use caisson_vmm_launcher::{Error, Result, huge_pages, qmp::Qmp};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::{
     sync::broadcast::{Receiver, error::RecvError},
@@ -37,10 +38,19 @@ pub struct Sizes {
 }
 
 /// How big a VM is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 pub struct Size {
     pub vcpus: u32,
     pub memory_mib: u64,
+}
+
+/// What another launcher needs to know of them.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+pub struct KnownSizes {
+    huge_pages: bool,
+    first: Size,
+    most: Size,
+    now: Size,
 }
 
 impl Sizes {
@@ -49,6 +59,17 @@ impl Sizes {
         let first = Size { vcpus: vm.vcpus, memory_mib: vm.memory_mib };
         let most = Size { vcpus: vm.vcpus.max(vm.max_vcpus), memory_mib: vm.memory_mib.max(vm.max_memory_mib) };
         Self { machine_type, huge_pages: vm.huge_pages, first, most, now: Mutex::new(first) }
+    }
+
+    /// Those of an adopted VM.
+    pub fn adopt(machine_type: MachineType, known: KnownSizes) -> Self {
+        let KnownSizes { huge_pages, first, most, now } = known;
+        Self { machine_type, huge_pages, first, most, now: Mutex::new(now) }
+    }
+
+    /// For another launcher.
+    pub fn known(&self) -> KnownSizes {
+        KnownSizes { huge_pages: self.huge_pages, first: self.first, most: self.most, now: self.now() }
     }
 
     pub fn now(&self) -> Size {

@@ -21,7 +21,21 @@ pub struct Slots {
     cards: Mutex<[Option<String>; CARDS]>,
 }
 
+/// What another launcher needs to know of them: the disks, and the network cards.
+pub type Names = ([Option<String>; DISKS], [Option<String>; CARDS]);
+
 impl Slots {
+    /// Those of an adopted VM.
+    pub fn adopt((disks, cards): Names) -> Self {
+        Self { disks: Mutex::new(disks), cards: Mutex::new(cards) }
+    }
+
+    /// Which slot has which device.
+    pub fn names(&self) -> Names {
+        let disks = self.disks.lock().expect("nobody panics with the slots").clone();
+        (disks, self.cards.lock().expect("nobody panics with the slots").clone())
+    }
+
     /// Gives a device that the VM is born with its slot.
     ///
     /// # Errors

@@ -3,27 +3,33 @@
 use std::{
     path::{Path, PathBuf},
     process::Stdio,
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use caisson_protocol::vmm::{
-    Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, VmConfig, WaitResponse, device::Kind,
+    Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, VmConfig, VmState, WaitResponse,
+    device::Kind,
 };
 use caisson_vmm_launcher::{
     Error, Result,
     block_driver::Bus,
     console::{Audience, Console},
     guest_vsock::GuestVsock,
-    hypervisor::{Created, Hypervisor},
+    hypervisor::{Adopted, Created, Hypervisor},
     kvm, metrics,
     options::{describe, parse},
-    process::{Ended, Process},
+    outlive::{Known, Lifetime, Memory, connect as connect_to},
+    process::{Ended, Process, Streams},
     qmp::Qmp,
     request,
     virtiofsd::{Virtiofsd, any_failed},
     vm::exit,
 };
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::{net::UnixStream, process::Command, task::spawn_blocking, time::timeout};
 use tracing::{debug, info};
@@ -32,14 +38,12 @@ use crate::{
     appear::until_exists,
     command_line::CommandLine,
     options::{DOCS, Options},
-    slots::{Slots, single_queue},
+    slots::{Names, Slots, single_queue},
 };
 
 /// StratoVirt is ready in a tenth of a second, unless the host is very busy.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
-/// A file server ends when StratoVirt closes its connection, and that is shortly before it has quite ended.
-const HELPER_AFTER_HYPERVISOR: Duration = Duration::from_secs(1);
 /// What `-smp` accepts.
 const MAX_VCPUS: u32 = 254;
 /// The image is the first disk.
@@ -70,15 +74,42 @@ pub struct StratoVirt {
     console: Console,
     file_servers: Mutex<Vec<Virtiofsd>>,
     slots: Slots,
+    /// Before it was it is paused, too, as far as StratoVirt tells.
+    booted: AtomicBool,
+    constant: Constant,
+    /// Kept for another launcher.
+    sockets: Mutex<Option<Sockets>>,
+}
+
+/// What another launcher needs to know that does not change.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+struct Constant {
     memory_mib: u64,
     vcpus: u32,
     /// Whether it is confined by its system call filter.
     filtered: bool,
+    console_log: Option<PathBuf>,
+    protocol: PathBuf,
+    serial: PathBuf,
+    /// Those two and the file servers'.
+    sockets: Vec<PathBuf>,
+    /// By their shares.
+    file_servers: Vec<(String, Known)>,
+}
+
+/// What another launcher needs to know, beside StratoVirt's process.
+#[derive(Debug, Deserialize, Serialize)]
+struct Own {
+    constant: Constant,
+    slots: Names,
+    booted: bool,
 }
 
 impl Hypervisor for StratoVirt {
     const NAME: &'static str = "stratovirt";
     const DEFAULT_PATH: &'static str = "/usr/bin/stratovirt";
+
+    const OUTLIVES_LAUNCHER: Result<(), &'static str> = Ok(());
 
     fn options() -> serde_json::Value {
         describe::<Options>(DOCS)
@@ -104,7 +135,7 @@ impl Hypervisor for StratoVirt {
         let options: Options = parse(&request.options)?;
         options.block_device_driver.check(Bus::Mmio)?;
         kvm::require("StratoVirt").await?;
-        let mut plan = Plan::new(vm, &options, Path::new(&request.run_dir))?;
+        let mut plan = Plan::new(vm, &options, Path::new(&request.run_dir), Lifetime::of(request)?)?;
         let devices = vm
             .devices
             .iter()
@@ -115,7 +146,9 @@ impl Hypervisor for StratoVirt {
     }
 
     async fn boot(&self) -> Result<()> {
-        self.resume().await
+        self.resume().await?;
+        self.booted.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Without ACPI there is no button to press.
@@ -124,7 +157,7 @@ impl Hypervisor for StratoVirt {
     }
 
     async fn pause(&self) -> Result<()> {
-        if self.filtered {
+        if self.constant.filtered {
             return Err(Error::Unsupported(NO_PAUSE.into()));
         }
         self.qmp.execute("stop", json!({})).await.map(drop)
@@ -149,26 +182,16 @@ impl Hypervisor for StratoVirt {
 
     async fn ended(&self) -> WaitResponse {
         let file_servers = std::mem::take(&mut *self.file_servers.lock().expect("nobody panics with the helpers"));
-        let (ended, helper) = tokio::select! {
-            ended = self.process.ended() => (ended, None),
-            // It ends when StratoVirt does, and may be heard of first. Without that one's end, a guest whose file system is
-            // gone hangs.
-            helper = any_failed(&file_servers) => match timeout(HELPER_AFTER_HYPERVISOR, self.process.ended()).await {
-                Ok(ended) => (ended, None),
-                Err(_) => {
-                    self.process.kill();
-                    (self.process.ended().await, Some(helper))
-                }
-            }
-        };
+        let (ended, helper) = self.process.ended_with(any_failed(&file_servers)).await;
         self.console.drained().await;
         for file_server in file_servers {
             file_server.end().await;
         }
+        drop(self.sockets.lock().expect("nobody panics with the sockets").take());
         let (reason, detail) = match (helper, self.console.panic()) {
             (Some(helper), _) => (ExitReason::HYPERVISOR_FAILED, helper),
             (None, Some(words)) => (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}")),
-            (None, None) if ended.status.success() => (ExitReason::GUEST_SHUTDOWN, "the guest ended itself".to_owned()),
+            (None, None) if ended.well() => (ExitReason::GUEST_SHUTDOWN, "the guest ended itself".to_owned()),
             (None, None) => (ExitReason::HYPERVISOR_FAILED, self.process.describe(&ended)),
         };
         WaitResponse { console_tail: self.console.tail(), ..exit(reason, detail) }
@@ -182,11 +205,48 @@ impl Hypervisor for StratoVirt {
         &self.console
     }
 
+    fn remember(&self) -> Result<Memory> {
+        let booted = self.booted.load(Ordering::Relaxed);
+        let own = Own { constant: self.constant.clone(), slots: self.slots.names(), booted };
+        Ok(Memory {
+            process: self.process.known()?,
+            console_log: self.constant.console_log.clone(),
+            own: serde_json::to_value(own).expect("paths of requests are UTF-8"),
+        })
+    }
+
+    async fn adopt(_: &Path, memory: Memory) -> Result<Adopted<Self>> {
+        let Own { constant, slots, booted } = memory.own()?;
+        let process = Process::adopt(&memory.process)?;
+        let qmp = Qmp::over("StratoVirt", connect_to(&memory.process, &constant.protocol).await?);
+        qmp.negotiate().await?;
+        let serial = connect_to(&memory.process, &constant.serial).await?;
+        let console = Console::adopt(serial, constant.console_log.as_deref())?;
+        let status = qmp.execute("query-status", json!({})).await?;
+        let state = match status["running"].as_bool() {
+            Some(true) => VmState::RUNNING,
+            _ if booted => VmState::PAUSED,
+            _ => VmState::CREATED,
+        };
+        let servers = constant.file_servers.iter().map(|(tag, known)| Virtiofsd::adopt(tag, known));
+        let hypervisor = Self {
+            file_servers: Mutex::new(servers.collect::<Result<_>>()?),
+            process,
+            qmp,
+            console,
+            slots: Slots::adopt(slots),
+            booted: AtomicBool::new(state != VmState::CREATED),
+            sockets: Mutex::new(Some(Sockets(constant.sockets.clone()))),
+            constant,
+        };
+        Ok(Adopted { hypervisor, state })
+    }
+
     /// It answers questions for its statistics with zeros: what is known is known without it.
     async fn metrics(&self) -> Result<String> {
         let mut known = metrics::Metrics::default();
-        known.number(metrics::MEMORY, self.memory_mib << 20);
-        known.number(metrics::VCPUS, self.vcpus.into());
+        known.number(metrics::MEMORY, self.constant.memory_mib << 20);
+        known.number(metrics::VCPUS, self.constant.vcpus.into());
         Ok(known.text())
     }
 }
@@ -199,10 +259,11 @@ struct Plan<'a> {
     file_servers: Vec<Virtiofsd>,
     /// Where they listen, until StratoVirt has connected.
     sockets: Sockets,
+    lifetime: Lifetime,
 }
 
 /// Removed when dropped.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Sockets(Vec<PathBuf>);
 
 impl Drop for Sockets {
@@ -214,11 +275,17 @@ impl Drop for Sockets {
 }
 
 impl<'a> Plan<'a> {
-    fn new(vm: &VmConfig, options: &Options, run_dir: &'a Path) -> Result<Self> {
+    fn new(vm: &VmConfig, options: &Options, run_dir: &'a Path, lifetime: Lifetime) -> Result<Self> {
         let shared_memory = vm.devices.iter().any(|device| matches!(device.kind, Some(Kind::Fs(_))));
         let line = CommandLine::new(vm, options, shared_memory)?;
-        let mut plan =
-            Self { run_dir, line, slots: Slots::default(), file_servers: Vec::new(), sockets: Sockets::default() };
+        let mut plan = Self {
+            run_dir,
+            line,
+            slots: Slots::default(),
+            file_servers: Vec::new(),
+            sockets: Sockets::default(),
+            lifetime,
+        };
         if !vm.image.is_empty() {
             let image = Block { path: vm.image.clone(), read_only: true, ..Default::default() };
             plan.slots.take(IMAGE_ID, &Kind::Block(image.clone()))?;
@@ -242,22 +309,21 @@ impl<'a> Plan<'a> {
                 self.slots.take(id, kind)?;
                 self.line.net(id, net);
             }
-            Kind::Vsock(vsock) => match GuestVsock::open(Path::new(&vsock.socket), self.run_dir)? {
-                GuestVsock::Kernel { vhost, cid } => {
-                    self.line.vsock(id, cid, vhost);
-                    return Ok(format!("vsock:{cid}"));
-                }
-                GuestVsock::Hybrid { .. } => {
+            Kind::Vsock(vsock) => {
+                let device = GuestVsock::open(Path::new(&vsock.socket), self.run_dir, &Lifetime::of_launcher())?;
+                let GuestVsock::Kernel { vhost, cid } = device else {
                     return Err(Error::Unsupported(
                         "a guest of StratoVirt needs the kernel's vsock: load the module vhost_vsock, so that there is a \
                          /dev/vhost-vsock"
                             .into(),
                     ));
-                }
-            },
+                };
+                self.line.vsock(id, cid, vhost);
+                return Ok(format!("vsock:{cid}"));
+            }
             Kind::Fs(fs) => {
                 let socket = self.run_dir.join(format!("fs-{id}.sock"));
-                self.file_servers.push(Virtiofsd::listen(fs, &socket)?);
+                self.file_servers.push(Virtiofsd::listen(fs, &socket, &self.lifetime)?);
                 self.line.fs(id, &fs.tag, &socket)?;
                 self.sockets.0.push(socket);
                 return Ok(format!("tag:{}", fs.tag));
@@ -280,7 +346,9 @@ impl<'a> Plan<'a> {
         self.sockets.0.extend([protocol.clone(), serial.clone()]);
         self.line.arguments.extend(options.extra_args.iter().cloned());
         debug!(arguments = ?self.line.arguments, "starting StratoVirt");
-        let process = Process::start(Path::new(&vm.hypervisor_path), &self.line.arguments, self.line.descriptors)?;
+        let (program, streams) = (Path::new(&vm.hypervisor_path), Streams::none());
+        let line = self.line;
+        let process = Process::start_with(program, &line.arguments, line.descriptors, streams, &self.lifetime)?;
         match connect(&process, &protocol, &serial).await {
             Ok((qmp, connection)) => {
                 let log = vm.devices.iter().find_map(|device| match &device.kind {
@@ -289,10 +357,24 @@ impl<'a> Plan<'a> {
                 });
                 let console = Console::over(connection, log, audience)?;
                 info!(pid = process.pid(), "StratoVirt started");
-                let file_servers = Mutex::new(self.file_servers);
-                let (memory_mib, vcpus) = (vm.memory_mib, vm.vcpus);
-                let filtered = options.seccomp;
-                Ok(StratoVirt { process, qmp, console, file_servers, slots: self.slots, memory_mib, vcpus, filtered })
+                let longer = self.lifetime.is_longer();
+                let constant = Constant {
+                    memory_mib: vm.memory_mib,
+                    vcpus: vm.vcpus,
+                    filtered: options.seccomp,
+                    console_log: log.map(Path::to_owned),
+                    protocol,
+                    serial,
+                    sockets: self.sockets.0.clone(),
+                    file_servers: match longer {
+                        true => self.file_servers.iter().map(Virtiofsd::known).collect::<Result<_>>()?,
+                        false => Vec::new(),
+                    },
+                };
+                let (file_servers, sockets) =
+                    (Mutex::new(self.file_servers), Mutex::new(longer.then_some(self.sockets)));
+                let (slots, booted) = (self.slots, AtomicBool::new(false));
+                Ok(StratoVirt { process, qmp, console, file_servers, slots, booted, constant, sockets })
             }
             Err(error) => {
                 process.kill();

@@ -107,6 +107,12 @@ impl Api {
         self.put("vm.remove-device", &json!({ "id": id })).await
     }
 
+    /// What the VM does: `Created`, `Running`, `Paused` or `Shutdown`.
+    pub async fn state(&self) -> Result<String> {
+        let info = self.request(Method::GET, "vm.info", None, DEADLINE).await?;
+        Ok(info["state"].as_str().unwrap_or_default().to_owned())
+    }
+
     /// What each device has done, by its id.
     pub async fn counters(&self) -> Result<Value> {
         self.request(Method::GET, "vm.counters", None, DEADLINE).await

@@ -46,6 +46,12 @@ impl Api {
         Ok(())
     }
 
+    /// What the guest does: `Not started`, `Running` or `Paused`.
+    pub async fn state(&self) -> Result<String> {
+        let told = self.0.get("/").await?;
+        Ok(told["state"].as_str().unwrap_or_default().to_owned())
+    }
+
     /// Starts the guest.
     pub async fn start(&self) -> Result<()> {
         self.act("InstanceStart").await
