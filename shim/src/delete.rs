@@ -2,24 +2,17 @@
 
 use std::{
     io::{self, Write},
-    os::fd::AsFd,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
-use caisson_protocol::{containerd::api::DeleteResponse, paths::SandboxDir};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use caisson_protocol::{containerd::api::DeleteResponse, paths::SandboxDir, processes::ProcessList};
 use protobuf::{Message, MessageField};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::Signal;
 
-use crate::{
-    Error, Result,
-    cli::Flags,
-    record::{Record, start_ticks},
-    sandbox, share,
-};
+use crate::{Error, Result, cli::Flags, record::Record, sandbox, share};
 
-/// Milliseconds for a launcher that has lost its shim to end its VM and itself.
-const END_LIMIT: u16 = 5000;
+/// For a launcher that has lost its shim to end its VM and itself.
+const END_LIMIT: Duration = Duration::from_secs(5);
 /// What containerd reports for a task whose shim was killed: 128 + SIGKILL, as with runc.
 const KILLED: u32 = 137;
 
@@ -46,30 +39,18 @@ pub fn delete(flags: &Flags) -> Result<()> {
 /// Ends what still serves the sandbox and removes its directory.
 pub fn clean_up(dir: &SandboxDir) {
     if let Some(record) = Record::load(dir)
-        && let Err(error) = end_launcher(&record)
+        && let Err(error) = end_processes(dir, &record)
     {
         eprintln!("end launcher {} of sandbox {}: {error}", record.launcher_pid, record.id);
     }
     sandbox::remove(dir);
 }
 
-/// The kernel has told the launcher that its shim is gone, and the launcher ends its VM. Waits for that, and insists.
-fn end_launcher(record: &Record) -> io::Result<()> {
-    let Some(pid) = Pid::from_raw(record.launcher_pid as i32) else { return Ok(()) };
-    let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { return Ok(()) };
-    // Opened first and compared then: the descriptor stays with this process even if the number is given away.
-    if start_ticks(record.launcher_pid) != Some(record.launcher_start_ticks) {
-        return Ok(());
+/// The kernel has told the launcher that its shim is gone, and the launcher ends its VM. Waits for that, and insists. A
+/// launcher that was killed too could not end its VM.
+fn end_processes(dir: &SandboxDir, record: &Record) -> io::Result<()> {
+    if !record.launcher().end(Signal::TERM, END_LIMIT)? && !record.launcher().end(Signal::KILL, END_LIMIT)? {
+        return Err(io::Error::new(io::ErrorKind::TimedOut, "it does not end even by SIGKILL"));
     }
-    for signal in [Signal::TERM, Signal::KILL] {
-        match pidfd_send_signal(&process, signal) {
-            Err(rustix::io::Errno::SRCH) => return Ok(()),
-            outcome => outcome?,
-        }
-        let mut wait = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut wait, PollTimeout::from(END_LIMIT))? == 1 {
-            return Ok(());
-        }
-    }
-    Err(io::Error::new(io::ErrorKind::TimedOut, "it does not end even by SIGKILL"))
+    ProcessList::in_dir(dir.path()).end_all(END_LIMIT)
 }

@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use caisson_protocol::{containerd::shim_async::Client, listen, paths::SandboxDir, vmm_ttrpc::VmmClient};
+use caisson_protocol::{
+    containerd::shim_async::Client, deadline, listen, paths::SandboxDir, processes::ProcessList, vmm::AdoptRequest,
+    vmm_ttrpc::VmmClient,
+};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -15,6 +18,7 @@ use tokio::{
     net::UnixStream,
     process::{Child, Command},
     sync::Mutex,
+    task::spawn_blocking,
     time::timeout,
 };
 use tracing::warn;
@@ -23,10 +27,14 @@ use crate::{Error, Result};
 
 /// A launcher that was told to end kills its VM and removes its files.
 const END_DEADLINE: Duration = Duration::from_secs(5);
+/// It gives its hypervisor 30 s to answer.
+const ADOPTION_DEADLINE: Duration = Duration::from_secs(40);
 
 /// A running `caisson-vmm-<hypervisor>`; killed when dropped.
 pub struct Launcher {
     child: Mutex<Child>,
+    /// Of its VM, which may outlive it.
+    processes: ProcessList,
     /// For calls.
     pub client: VmmClient,
     /// On the host.
@@ -51,7 +59,34 @@ impl Launcher {
             .map_err(Error::host(format!("start the launcher {}", program.display())))?;
         let pid = child.id().unwrap_or_default();
         let stream = UnixStream::connect(&socket).await.map_err(Error::host("connect to the launcher"))?;
-        Ok(Self { child: Mutex::new(child), client: VmmClient::new(Client::new(stream.into())), pid })
+        let client = VmmClient::new(Client::new(stream.into()));
+        Ok(Self { child: Mutex::new(child), processes: ProcessList::in_dir(dir.path()), client, pid })
+    }
+
+    /// Starts another one in place of a launcher that was lost, and has it go on with the VM. When this fails the VM and
+    /// everything that belongs to it has ended.
+    pub async fn replace(lost: &Self, hypervisor: &str, dir: &SandboxDir, log_level: &str) -> Result<Self> {
+        // It may hang and not be dead: then there would be two.
+        if let Err(error) = lost.child.lock().await.kill().await {
+            warn!(pid = lost.pid, %error, "the lost launcher cannot be killed");
+        }
+        let adopted = async {
+            let launcher = Self::start(hypervisor, dir, log_level).await?;
+            let request = AdoptRequest { state_dir: text(dir.path()), ..Default::default() };
+            let adopted = launcher.client.adopt(deadline(ADOPTION_DEADLINE), &request).await;
+            match adopted.map_err(Error::remote("go on with the virtual machine of a lost launcher")) {
+                Ok(_) => Ok(launcher),
+                Err(error) => {
+                    launcher.end().await;
+                    Err(error)
+                }
+            }
+        };
+        let adopted = adopted.await;
+        if adopted.is_err() {
+            lost.end_processes().await;
+        }
+        adopted
     }
 
     /// Ends the launcher, which ends its VM by force if it still runs.
@@ -69,7 +104,20 @@ impl Launcher {
                 warn!(pid = self.pid, %error, "the launcher cannot be killed");
             }
         }
+        self.end_processes().await;
     }
+
+    /// Ends what a launcher that was killed has left.
+    async fn end_processes(&self) {
+        let processes = self.processes.clone();
+        if let Ok(Err(error)) = spawn_blocking(move || processes.end_all(END_DEADLINE)).await {
+            warn!(%error, "not all processes of the virtual machine could be ended");
+        }
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
 }
 
 /// Finds one of our programs: beside this one, or on the PATH.

@@ -3,7 +3,7 @@
 
 use std::{fs, io, path::PathBuf};
 
-use caisson_protocol::paths::SandboxDir;
+use caisson_protocol::{paths::SandboxDir, processes::ProcessId};
 use serde::{Deserialize, Serialize};
 
 /// The file's content.
@@ -31,6 +31,17 @@ pub struct Record {
 }
 
 impl Record {
+    /// The launcher's process, as it was when it started.
+    pub fn launcher(&self) -> ProcessId {
+        ProcessId { pid: self.launcher_pid, start_ticks: self.launcher_start_ticks }
+    }
+
+    /// The launcher is process `pid` from now on.
+    pub fn set_launcher(&mut self, pid: u32) {
+        self.launcher_pid = pid;
+        self.launcher_start_ticks = ProcessId::of(pid).map(|process| process.start_ticks).unwrap_or_default();
+    }
+
     /// Writes the file in one step.
     pub fn save(&self, dir: &SandboxDir) -> io::Result<()> {
         let text = serde_json::to_vec(self)?;
@@ -43,11 +54,4 @@ impl Record {
     pub fn load(dir: &SandboxDir) -> Option<Self> {
         serde_json::from_slice(&fs::read(dir.record()).ok()?).ok()
     }
-}
-
-/// When process `pid` began, in clock ticks since boot (`proc_pid_stat(5)`, field 22); `None` when it is gone.
-pub fn start_ticks(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the program's name in parentheses and may hold anything, so count from its end.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }

@@ -10,7 +10,7 @@ use std::{
     fs,
     path::Path,
     sync::{Arc, Mutex},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use caisson_config_service::client::resolve;
@@ -22,12 +22,14 @@ use caisson_protocol::{
     no_deadline,
     paths::SandboxDir,
     runtimeoptions::Options,
+    status::sentence,
     vmm::WaitResponse,
 };
 use protobuf::Message;
 use tokio::{
     sync::{RwLock, watch},
-    task::spawn_blocking,
+    task::{JoinHandle, spawn_blocking},
+    time::timeout,
 };
 use tracing::{info, warn};
 
@@ -50,6 +52,8 @@ use crate::{
 
 /// Exit status of what ran in a virtual machine that ended.
 const LOST: u32 = 255;
+/// A guest's last connections break some moments before its virtual machine has ended.
+const END_AFTER_EVENTS: Duration = Duration::from_secs(5);
 
 enum Phase {
     Empty,
@@ -176,8 +180,8 @@ impl Sandbox {
         let files = files.finish().await;
         let vm = Arc::new(vm?);
         *lock(&self.phase) = Phase::Running(vm.clone());
-        tokio::spawn(follow_events(self.clone(), vm.clone()));
-        tokio::spawn(follow_end(self.clone(), vm.clone()));
+        let end = tokio::spawn(follow_end(self.clone(), vm.clone()));
+        tokio::spawn(follow_events(self.clone(), vm.clone(), end));
         Ok((vm, files?))
     }
 
@@ -331,15 +335,18 @@ impl Sandbox {
     }
 }
 
-async fn follow_events(sandbox: Arc<Sandbox>, vm: Arc<Vm>) {
+async fn follow_events(sandbox: Arc<Sandbox>, vm: Arc<Vm>, end: JoinHandle<()>) {
     if let Ok(mut events) = vm.guest.events(no_deadline(), &EventsRequest::new()).await {
         while let Ok(Some(event)) = events.recv().await {
             sandbox.guest_event(&vm, event);
         }
     }
-    // A guest that no longer tells what happens is as good as gone. Most often it is: then there is nothing to stop.
-    if let Err(error) = vm.stop().await {
-        tracing::debug!(%error, "nothing to stop");
+    // Most often its virtual machine is ending, and says why. If not, a guest that no longer tells what happens is as good
+    // as gone.
+    if timeout(END_AFTER_EVENTS, end).await.is_err()
+        && let Err(error) = vm.stop().await
+    {
+        warn!(error = sentence(&error), "a guest that tells nothing any more cannot be stopped");
     }
 }
 

@@ -13,6 +13,7 @@ use caisson_protocol::{
     id::Id,
     listen,
     paths::SandboxDir,
+    processes::ProcessId,
 };
 use nix::{fcntl::OFlag, sys::utsname::uname};
 use protobuf::Message;
@@ -22,7 +23,7 @@ use crate::{
     bundle::{Bundle, Role},
     cli::Flags,
     delete::clean_up,
-    record::{Record, start_ticks},
+    record::Record,
 };
 
 /// containerd looks here for the socket when it has been restarted.
@@ -101,7 +102,7 @@ fn spawn_shim(flags: &Flags) -> Result<String> {
 fn make_directory(dir: &SandboxDir, id: &Id) -> Result<()> {
     match dir.create() {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            let alive = Record::load(dir).is_some_and(|record| start_ticks(record.shim_pid).is_some());
+            let alive = Record::load(dir).is_some_and(|record| ProcessId::of(record.shim_pid).is_some());
             if alive {
                 return Err(Error::Exists { what: "sandbox", id: id.clone() });
             }

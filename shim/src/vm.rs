@@ -1,6 +1,10 @@
 //! A sandbox's virtual machine with its agent: from nothing to ready, and down again.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    sync::{Arc, Mutex, RwLock},
+    time::{Duration, Instant},
+};
 
 use caisson_protocol::{
     address::{GuestListener, GuestVsock},
@@ -9,17 +13,25 @@ use caisson_protocol::{
     deadline,
     guest_ttrpc::GuestClient,
     no_deadline,
-    status::Status,
+    status::{Status, sentence},
     vmm::{self, WaitResponse},
 };
+use nix::{
+    sys::{
+        prctl::set_child_subreaper,
+        wait::{WaitPidFlag, waitpid},
+    },
+    unistd::Pid,
+};
 use tokio::{sync::watch, time::timeout};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     Error, Result,
     files::{Preparation, Ways},
     launcher::Launcher,
-    record::{Record, start_ticks},
+    process::lock,
+    record::Record,
     stages::Stages,
     vm_request::{VSOCK_DEVICE, create_request, setup_request},
 };
@@ -27,13 +39,20 @@ use crate::{
 /// For calls whose deadline the configuration does not set.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
 
+/// A launcher that lives for less is not replaced.
+const REPLACEMENT_INTERVAL: Duration = Duration::from_secs(10);
+
 /// What an error quotes of the guest's console.
 const QUOTED_LINES: usize = 8;
 
 /// A virtual machine whose agent answers.
 pub struct Vm {
-    /// Serves its contract.
-    pub launcher: Launcher,
+    /// Serves its contract; another one after that one was lost.
+    launcher: RwLock<Arc<Launcher>>,
+    /// How a lost launcher is replaced, where the VM outlives it.
+    replacement: Option<Replacement>,
+    /// Whether nobody wants it any more. Locked while the launcher is replaced.
+    ending: tokio::sync::Mutex<bool>,
     /// How its containers get at the host's files.
     pub ways: Ways,
     /// containerd's Task service in the guest.
@@ -48,6 +67,14 @@ pub struct Vm {
     pub pid: u32,
     /// The file that it was configured by.
     pub configuration: String,
+}
+
+/// What it takes to start another launcher.
+struct Replacement {
+    hypervisor: String,
+    log_level: String,
+    /// When it was last done.
+    done: Mutex<Option<Instant>>,
 }
 
 /// What a sandbox's first container adds to the configuration.
@@ -76,12 +103,12 @@ impl Vm {
     ) -> Result<Self> {
         let (limits, configuration) = (config.timeouts.clone().unwrap_or_default(), config.origin.clone());
         let ways = files.ways.clone();
+        let (hypervisor, log_level) = (config.hypervisor.clone(), config.log_level.clone());
         let (dir, directory) = (&ways.dir, ways.dir.launcher());
         fs::create_dir_all(&directory).map_err(Error::host(format!("make {}", directory.display())))?;
         let launcher = Launcher::start(&config.hypervisor, dir, &config.log_level).await?;
         record.hypervisor = config.hypervisor.clone();
-        record.launcher_pid = launcher.pid;
-        record.launcher_start_ticks = start_ticks(launcher.pid).unwrap_or_default();
+        record.set_launcher(launcher.pid);
         record.save(dir).map_err(Error::host("write sandbox.json"))?;
         stages.end("launcher");
 
@@ -90,8 +117,10 @@ impl Vm {
             _ = stop.wait_for(|stop| *stop) => Err(Error::Stopped),
         };
         match ready {
-            Ok(Ready { pid, vsock, client }) => Ok(Self {
-                launcher,
+            Ok(Ready { pid, vsock, client, outlives_launcher }) => Ok(Self {
+                launcher: RwLock::new(Arc::new(launcher)),
+                replacement: outlives_launcher.then(|| Replacement { hypervisor, log_level, done: Mutex::default() }),
+                ending: false.into(),
                 ways,
                 guest: GuestClient::new(client.clone()),
                 task: TaskClient::new(client),
@@ -107,27 +136,82 @@ impl Vm {
         }
     }
 
-    /// Waits for the end of the virtual machine and says how it ended.
+    /// Its launcher, as long as that lives.
+    pub fn launcher(&self) -> Arc<Launcher> {
+        self.launcher.read().expect("no writer panics").clone()
+    }
+
+    /// Waits for the end of the virtual machine and says how it ended. It goes on when its launcher is lost, if it can.
     pub async fn wait(&self) -> WaitResponse {
-        wait_for_end(&self.launcher).await
+        loop {
+            let launcher = self.launcher();
+            let lost = match launcher.client.wait(no_deadline(), &vmm::WaitRequest::new()).await {
+                Ok(end) => {
+                    self.reap();
+                    return end;
+                }
+                Err(error) => launcher_lost(error),
+            };
+            match self.replace(&launcher).await {
+                Ok(true) => {}
+                Ok(false) => return lost,
+                Err(error) => {
+                    return WaitResponse { detail: format!("{}: {}", lost.detail, sentence(&error)), ..lost };
+                }
+            }
+        }
+    }
+
+    /// A hypervisor that has outlived its launcher has become this process's child.
+    fn reap(&self) {
+        if self.replacement.is_some() {
+            // Its launcher has done it, unless that was replaced.
+            let _ = waitpid(Pid::from_raw(self.pid as i32), Some(WaitPidFlag::WNOHANG));
+        }
+    }
+
+    /// Whether there is another launcher in place of `lost`.
+    async fn replace(&self, lost: &Launcher) -> Result<bool> {
+        let ending = self.ending.lock().await;
+        let Some(Replacement { hypervisor, log_level, done }) = &self.replacement else { return Ok(false) };
+        if *ending {
+            return Ok(false);
+        }
+        // One that dies again and again is no help.
+        if lock(done).replace(Instant::now()).is_some_and(|last| last.elapsed() < REPLACEMENT_INTERVAL) {
+            lost.end().await;
+            return Ok(false);
+        }
+        let dir = &self.ways.dir;
+        let launcher = Launcher::replace(lost, hypervisor, dir, log_level).await?;
+        warn!(lost = lost.pid, pid = launcher.pid, "the launcher was lost, and another one goes on");
+        if let Some(mut record) = Record::load(dir) {
+            record.set_launcher(launcher.pid);
+            if let Err(error) = record.save(dir) {
+                warn!(%error, "sandbox.json still names the lost launcher");
+            }
+        }
+        *self.launcher.write().expect("no reader panics") = Arc::new(launcher);
+        Ok(true)
     }
 
     /// What the launcher and its hypervisor count, Prometheus text format.
     pub async fn launcher_metrics(&self) -> Result<String> {
-        let metrics = self.launcher.client.metrics(deadline(REQUEST_DEADLINE), &vmm::MetricsRequest::new()).await;
+        let metrics = self.launcher().client.metrics(deadline(REQUEST_DEADLINE), &vmm::MetricsRequest::new()).await;
         Ok(metrics.map_err(Error::remote("measure the virtual machine"))?.text)
     }
 
     /// Ends the virtual machine at once. Its wait ends too; the launcher stays until [`Self::end`].
     pub async fn stop(&self) -> Result<()> {
-        let stop = self.launcher.client.stop(deadline(REQUEST_DEADLINE), &vmm::StopRequest::new()).await;
+        let stop = self.launcher().client.stop(deadline(REQUEST_DEADLINE), &vmm::StopRequest::new()).await;
         stop.map(drop).map_err(Error::remote("stop the virtual machine"))
     }
 
     /// Ends the virtual machine with everything that belongs to it. The containers are gone and their writes are with
     /// the host: there is nothing to wait for in the guest.
     pub async fn end(&self) {
-        self.launcher.end().await;
+        *self.ending.lock().await = true;
+        self.launcher().end().await;
     }
 }
 
@@ -136,6 +220,7 @@ struct Ready {
     pid: u32,
     vsock: GuestVsock,
     client: Client,
+    outlives_launcher: bool,
 }
 
 async fn boot_guest(
@@ -158,6 +243,10 @@ async fn boot_guest(
         .await
         .map_err(Error::remote(format!("start a virtual machine with {hypervisor}")))?;
     record.vmm_pid = created.pid;
+    if created.outlives_launcher {
+        // Then the next launcher can tell how it ended: its status is there until this process asks for it.
+        set_child_subreaper(true).map_err(|error| Error::host("adopt the children of a launcher")(error.into()))?;
+    }
     record.save(dir).map_err(Error::host("write sandbox.json"))?;
     if let Some(store) = &files.ways.disks {
         store.disks.place(&created.devices);
@@ -188,7 +277,7 @@ async fn boot_guest(
     stages.add("agent", agent);
     stages.add("setup", setup);
     info!(kernel = %info.kernel_release.escape_debug(), agent = %info.agent_version.escape_debug(), "guest ready");
-    Ok(Ready { pid: created.pid, vsock, client })
+    Ok(Ready { pid: created.pid, vsock, client, outlives_launcher: created.outlives_launcher })
 }
 
 fn millis(value: u32) -> Duration {
@@ -225,11 +314,15 @@ async fn wait_for_agent(launcher: &Launcher, agent: &GuestListener, limit: Durat
 async fn wait_for_end(launcher: &Launcher) -> WaitResponse {
     match launcher.client.wait(no_deadline(), &vmm::WaitRequest::new()).await {
         Ok(end) => end,
-        Err(error) => WaitResponse {
-            reason: vmm::ExitReason::HYPERVISOR_FAILED.into(),
-            detail: format!("the launcher ended unexpectedly: {}", Status::from(error)),
-            ..Default::default()
-        },
+        Err(error) => launcher_lost(error),
+    }
+}
+
+fn launcher_lost(error: ttrpc::Error) -> WaitResponse {
+    WaitResponse {
+        reason: vmm::ExitReason::HYPERVISOR_FAILED.into(),
+        detail: format!("the launcher ended unexpectedly: {}", Status::from(error)),
+        ..Default::default()
     }
 }
 

@@ -45,6 +45,7 @@ pub fn create_request(config: SandboxConfig, needs: &Needs, disks: Vec<Device>, 
         run_dir: text(dir.launcher()),
         vm: MessageField::some(vm),
         options: config.options,
+        state_dir: text(dir.path().to_owned()),
         ..Default::default()
     }
 }

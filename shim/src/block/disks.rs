@@ -168,7 +168,7 @@ impl Disk {
 
     async fn attach(&self, vm: &Vm) -> Result<Place> {
         let request = AttachRequest { device: MessageField::some(self.device()), ..Default::default() };
-        let attached = vm.launcher.client.attach(deadline(REQUEST_DEADLINE), &request).await.map_err(Status::from);
+        let attached = vm.launcher().client.attach(deadline(REQUEST_DEADLINE), &request).await.map_err(Status::from);
         let attached = attached.map_err(|mut status| {
             if status.code == Code::UNIMPLEMENTED {
                 status.message.push_str(
@@ -192,7 +192,7 @@ impl Disk {
         }
         if self.place.get().is_some_and(|place| !place.from_birth) {
             let request = DetachRequest { id: self.id.clone(), ..Default::default() };
-            let detached = vm.launcher.client.detach(deadline(REQUEST_DEADLINE), &request).await;
+            let detached = vm.launcher().client.detach(deadline(REQUEST_DEADLINE), &request).await;
             detached.map_err(Error::remote(format!("take the disk {} away", self.path.display())))?;
         }
         Ok(())
