@@ -3,6 +3,10 @@
 use std::{
     io,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -15,6 +19,13 @@ use tokio::{
 };
 use ttrpc::asynchronous::transport::{Listener, Socket};
 
+use crate::sys;
+
+/// With so many connections at once, the heap has grown by more than a mebibyte.
+const CROWD: usize = 50;
+/// With fewer, the crowd has gone. One call's connection may still be seen when the next one's is.
+const FEW: usize = 4;
+
 /// How many connections are open.
 #[derive(Debug)]
 pub struct Connections(watch::Receiver<usize>);
@@ -23,10 +34,12 @@ impl Connections {
     /// Counts the connections of `listener`.
     pub fn of(listener: Listener) -> (Listener, Self) {
         let (count, connections) = watch::channel(0);
+        let is_crowded = Arc::new(AtomicBool::new(false));
         let listener = listener.map(move |socket| {
             let socket = socket?;
             count.send_modify(|count| *count += 1);
-            Ok::<_, io::Error>(Counted { socket, count: count.clone() })
+            is_crowded.fetch_or(*count.borrow() >= CROWD, Ordering::Relaxed);
+            Ok::<_, io::Error>(Counted { socket, count: count.clone(), is_crowded: Arc::clone(&is_crowded) })
         });
         (Listener::new(listener), Self(connections))
     }
@@ -46,11 +59,16 @@ impl Connections {
 struct Counted {
     socket: Socket,
     count: watch::Sender<usize>,
+    /// Whether the heap may still be a crowd's.
+    is_crowded: Arc<AtomicBool>,
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
         self.count.send_modify(|count| *count -= 1);
+        if *self.count.borrow() < FEW && self.is_crowded.swap(false, Ordering::Relaxed) {
+            sys::trim_heap();
+        }
     }
 }
 
