@@ -18,6 +18,8 @@ use crate::{launcher, program};
 
 /// Lets systemd start the config-service when the first shim asks.
 pub(super) const SOCKET_UNIT: &str = "caisson-config-service.socket";
+/// What `systemctl enable` makes of it.
+pub(super) const ENABLED_SOCKET: &str = "/etc/systemd/system/sockets.target.wants/caisson-config-service.socket";
 const SERVICE_UNIT: &str = "caisson-config-service.service";
 /// Without these there is no runtime.
 const NEEDED: [&str; 3] = ["caisson", SHIM, "caisson-config-service"];

@@ -69,6 +69,14 @@ pub(crate) fn run(arguments: &Arguments, format: Format) -> anyhow::Result<()> {
         fs::remove_file(&record).with_context(|| format!("remove {}", record.display()))?;
         remove_own_dirs(&destination, &prefix);
     }
+    let had_socket = removed.iter().any(|placed| placed.path.ends_with(artifacts::SOCKET_UNIT));
+    if had_socket && arguments.destdir.is_none() {
+        if !arguments.dry_run {
+            disable(Path::new(artifacts::ENABLED_SOCKET));
+        }
+        let socket = artifacts::SOCKET_UNIT;
+        notes.push(format!("where systemd has the socket: systemctl daemon-reload && systemctl stop {socket}"));
+    }
     if containerd.as_ref().is_some_and(Edited::is_change) {
         notes.push("containerd still knows the runtimes until it is restarted: systemctl restart containerd".into());
     }
@@ -95,6 +103,14 @@ fn unregister(file: &Path, dry_run: bool, notes: &mut Vec<String>) -> anyhow::Re
     edit::apply(file, Some(before), registration.text, dry_run).map(Some)
 }
 
+/// Removes what `systemctl enable` made, unless it leads to somebody's unit.
+fn disable(enabled: &Path) {
+    if enabled.is_symlink() && !enabled.exists() {
+        // It leads nowhere: systemd passes it over.
+        let _ = fs::remove_file(enabled);
+    }
+}
+
 fn remove_own_dirs(destination: &Destination, prefix: &Path) {
     let classes = artifacts::runtime_classes_dir(prefix);
     for dir in [&classes, &prefix.join("share/caisson"), &prefix.join("share/defaults/caisson")] {
@@ -115,4 +131,24 @@ fn text(report: &Report) -> String {
         text.push_str("\nnothing was changed: --dry-run\n");
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn an_enabled_socket_goes_with_its_unit_and_not_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let (unit, enabled) = (dir.path().join("unit"), dir.path().join("enabled"));
+        fs::write(&unit, "").unwrap();
+        symlink(&unit, &enabled).unwrap();
+        disable(&enabled);
+        assert!(enabled.is_symlink());
+        fs::remove_file(&unit).unwrap();
+        disable(&enabled);
+        assert!(!enabled.is_symlink());
+    }
 }
