@@ -18,6 +18,7 @@ const OPERATIONS: &[(&str, &[&str])] = &[
     ("pause, resume", &["life::a_paused"]),
     ("stop", &["life::stop"]),
     ("launcher or hypervisor killed", &["life::a_killed", "life::a_launcher", "life::a_hypervisor"]),
+    ("killed launcher's successor goes on", &["adoption::"]),
     ("snapshot, restore", &["snapshot::a_", "snapshot::what"]),
     ("persistent memory", &["disks::a_file_is_memory", "disks::what_is_no_whole"]),
     ("disks", &["disks::"]),
