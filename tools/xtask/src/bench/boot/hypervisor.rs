@@ -9,11 +9,17 @@ use std::{
 
 use anyhow::{Context, Result};
 use caisson_testbed::Installation;
+use nix::{
+    fcntl::OFlag,
+    pty::{PtyMaster, grantpt, posix_openpt, ptsname_r, unlockpt},
+};
 use serde_json::json;
 
 use super::guest::{Guest, PARAMETERS};
 use crate::peers;
 
+/// Among a hypervisor's arguments: the path of a terminal that each boot has of its own.
+const TERMINAL: &str = "{terminal}";
 /// The one that the others are held against.
 pub const OURS: &str = "builtin";
 
@@ -54,19 +60,32 @@ impl Candidate {
         Self { name: name.to_owned(), program, arguments }
     }
 
-    /// Not started yet.
-    pub fn command(&self) -> Command {
-        let mut command = Command::new(&self.program);
-        command.args(&self.arguments);
-        command
+    /// Not started yet; and the terminal that its console is on, if that is not standard output. With `pid_file`, `sh` starts
+    /// it, which first writes its process id there.
+    pub fn command(&self, pid_file: Option<&Path>) -> Result<(Command, Option<PtyMaster>)> {
+        let terminal = self.arguments.iter().any(|argument| argument.contains(TERMINAL)).then(open_terminal);
+        let (terminal, name) = terminal.transpose().context("make a terminal")?.unzip();
+        let mut command = match pid_file {
+            None => Command::new(&self.program),
+            Some(file) => {
+                let mut shell = Command::new("sh");
+                shell.args(["-c", "echo $$ > \"$0\" && exec \"$@\""]).arg(file).arg(&self.program);
+                shell
+            }
+        };
+        let name = name.unwrap_or_default();
+        command.args(self.arguments.iter().map(|argument| argument.replace(TERMINAL, &name)));
+        Ok((command, terminal))
     }
+}
 
-    /// The same, started by `sh`, which first writes its process id to `file`.
-    pub fn command_with_pid_in(&self, file: &Path) -> Command {
-        let mut command = Command::new("sh");
-        command.args(["-c", "echo $$ > \"$0\" && exec \"$@\""]).arg(file).arg(&self.program).args(&self.arguments);
-        command
-    }
+/// One that nobody types at, and the path of its other end.
+fn open_terminal() -> nix::Result<(PtyMaster, String)> {
+    let terminal = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)?;
+    grantpt(&terminal)?;
+    unlockpt(&terminal)?;
+    let name = ptsname_r(&terminal)?;
+    Ok((terminal, name))
 }
 
 fn caisson(guest: &Guest) -> Vec<String> {
@@ -101,12 +120,13 @@ fn cloud_hypervisor(guest: &Guest) -> Vec<String> {
     strings(&[&devices[..], &["--kernel", &kernel, "--initramfs", &initrd, "--cmdline", PARAMETERS]].concat())
 }
 
-/// It asks for a control socket.
+/// It asks for a control socket, and reads what it has written to a pipe.
 fn stratovirt(guest: &Guest, folder: &Path) -> Vec<String> {
     let memory = format!("{}M", guest.memory_mib);
+    let serial = format!("file,path={TERMINAL}");
     let control = format!("unix:{},server,nowait", path(&folder.join("stratovirt.sock")));
     let (kernel, initrd) = (path(&guest.bz_image), path(&guest.initrd));
-    let devices = ["-machine", "microvm", "-smp", "1", "-m", &memory, "-serial", "file,path=/dev/stdout"];
+    let devices = ["-machine", "microvm", "-smp", "1", "-m", &memory, "-serial", &serial];
     let guest = ["-kernel", &kernel, "-initrd", &initrd, "-append", PARAMETERS, "-qmp", &control];
     strings(&[&devices[..], &guest].concat())
 }

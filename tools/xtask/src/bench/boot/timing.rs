@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use caisson_testbed::Capture;
+use nix::pty::PtyMaster;
 use procfs::process::Process;
 
 use super::{guest::SIGN, hypervisor::Candidate};
@@ -30,7 +31,7 @@ pub struct Timing {
 /// Boots the guest and ends it.
 pub fn boot(candidate: &Candidate, memory_mib: u64) -> Result<Timing> {
     let started = Instant::now();
-    let running = Running::start(candidate.command())?;
+    let running = Running::start(candidate.command(None)?)?;
     let exec_to_init = running.wait_for_init()? - started;
     let process = Process::new(running.child.id().cast_signed()).context("look at the hypervisor")?;
     Ok(Timing {
@@ -48,12 +49,13 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts it.
-    pub fn start(mut command: Command) -> Result<Self> {
+    /// Starts it, with its console on the terminal, if there is one.
+    pub fn start((mut command, terminal): (Command, Option<PtyMaster>)) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().with_context(|| format!("execute {}", command.get_program().display()))?;
         let capture = |stream: Option<Box<dyn Read + Send>>| stream.map_or_else(Capture::empty, Capture::of);
-        let console = capture(child.stdout.take().map(|stream| Box::new(stream) as _));
+        let stdout = child.stdout.take().map(|stream| Box::new(stream) as _);
+        let console = capture(terminal.map(|terminal| Box::new(terminal) as _).or(stdout));
         let complaints = capture(child.stderr.take().map(|stream| Box::new(stream) as _));
         Ok(Self { child, console, complaints })
     }

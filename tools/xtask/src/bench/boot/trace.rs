@@ -39,7 +39,7 @@ pub struct Exits {
 /// Boots the guest once.
 pub fn boot(candidate: &Candidate) -> Result<Trace> {
     let tracer = Tracer::start(EVENTS)?;
-    let running = Running::start(candidate.command_with_pid_in(&Path::new(TRACER).join("set_event_pid")))?;
+    let running = Running::start(candidate.command(Some(&Path::new(TRACER).join("set_event_pid")))?)?;
     let booted = running.wait_for_init();
     tracer.mark(MARK)?;
     let text = tracer.stop()?;
