@@ -22,7 +22,9 @@ pub enum Frame {
     Stdout(Vec<u8>),
     /// A piece of standard error.
     Stderr(Vec<u8>),
-    /// The last one.
+    /// The machine's clock has gone on by [`crate::PULSE`].
+    Pulse,
+    /// The last one that counts.
     Exit(Verdict),
 }
 
@@ -47,6 +49,7 @@ impl Frame {
             b'0' => Ok(Self::Stdin(content)),
             b'1' => Ok(Self::Stdout(content)),
             b'2' => Ok(Self::Stderr(content)),
+            b'P' => Ok(Self::Pulse),
             b'X' => from_json(&content).map(Self::Exit),
             other => Err(malformed(format!("a frame of the unknown kind {other:#04x}"))),
         }
@@ -63,6 +66,7 @@ impl Frame {
             Self::Stdin(bytes) => (b'0', bytes.clone()),
             Self::Stdout(bytes) => (b'1', bytes.clone()),
             Self::Stderr(bytes) => (b'2', bytes.clone()),
+            Self::Pulse => (b'P', Vec::new()),
             Self::Exit(verdict) => (b'X', to_json(verdict)?),
         };
         let length = u32::try_from(content.len()).map_err(io::Error::other)?;
@@ -108,6 +112,7 @@ mod tests {
             Frame::Stdin(Vec::new()),
             Frame::Stdout(vec![0, 255]),
             Frame::Stderr(b"x".to_vec()),
+            Frame::Pulse,
             Frame::Exit(Ok(137)),
             Frame::Exit(Err("no such program".into())),
         ];

@@ -6,12 +6,13 @@
 //!   Job ────────────────►    enters its root, executes the command
 //!   Stdin … ────────────►
 //!   ◄──────── Stdout, Stderr …
-//!   ◄───────────── Exit      everything that was started has ended; nothing more comes
+//!   ◄──────────── Pulse …    its clock has gone on, however little else there is to say
+//!   ◄───────────── Exit      everything that was started has ended
 //! ```
 
 mod frame;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +26,9 @@ pub const SYSTEM_DISK: &str = "system";
 pub const SCRATCH_DISK: &str = "scratch";
 /// The virtio-fs tag of the machine's folders.
 pub const SHARE: &str = "machine";
+
+/// How far its clock goes between two pulses.
+pub const PULSE: Duration = Duration::from_secs(2);
 
 /// What the test host is booted for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

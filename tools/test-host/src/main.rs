@@ -3,6 +3,7 @@
 
 mod command;
 mod port;
+mod pulse;
 mod system;
 
 use std::thread;
@@ -29,6 +30,7 @@ fn serve() -> Result<()> {
     system::load_modules()?;
     let mut port = Port::find(&arrivals)?;
     let job = port.receive_job()?;
+    pulse::start(port.clone())?;
     let verdict = run(&job, &port).map_err(|error| format!("{error:#}"));
     port.send(&Frame::Exit(verdict)).context("tell the host how the command ended")
 }

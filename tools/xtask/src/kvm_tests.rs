@@ -23,8 +23,6 @@ use crate::{
 /// Room for a guest of 8 GiB.
 const MEMORY_MIB: u64 = 9600;
 const LIMIT: Duration = Duration::from_secs(600);
-/// The same where the clock may stop: nothing takes half of it on an idle machine.
-const WORK_LIMIT: Duration = Duration::from_secs(300);
 /// How many test hosts there are at a time.
 const LANES: usize = 2;
 /// How many test hosts a batch is given that die or are not fit for it.
@@ -73,9 +71,9 @@ enum Processors {
 }
 
 impl Processors {
-    /// What the clock of a batch's test host goes by, from its first boot on. By their own work, nothing is late because this
-    /// machine is busy, but a loop of `pause` instructions, such as a processor waits in for another one, now and then stops
-    /// the clock nearly for good. By this machine's, guests' timers now and then come late for as long as the test host runs.
+    /// What the clock of a batch's test host goes by, from its first boot on. By its own work, nothing is late because this
+    /// machine is busy, but interrupts' bad moments are frequent ([`Clock::Work`]). By this machine's they are rare, but a busy
+    /// machine makes guests late.
     const fn clock(self, boot: usize) -> Clock {
         match self {
             Self::One if boot % 2 == 1 => Clock::Work,
@@ -276,13 +274,6 @@ fn all<'a>(
     (lines.into_inner().expect("no lane panics"), verdict)
 }
 
-const fn limit(clock: Clock) -> Duration {
-    match clock {
-        Clock::Work => WORK_LIMIT,
-        Clock::Host { .. } | Clock::Instructions => LIMIT,
-    }
-}
-
 /// A test host may die of its emulated processor, or not be fit from the start: that is no verdict on the tests, and another
 /// one boots. Tests that fail are tried in one more, too, which has done nothing before. Guests of one processor have the
 /// other clock then, since what one clock does badly the other one does well. Those of guests with several
@@ -291,9 +282,7 @@ fn run_in(host: impl Fn(Clock) -> Result<TestHost>, batch: &Batch, task: &Task<'
     let mut tries = 0;
     for boot in 1..=BOOTS {
         let mut output = Vec::new();
-        let clock = batch.processors.clock(boot);
-        let task = Task { limit: limit(clock), ..task.clone() };
-        match host(clock)?.run(&task, &mut output) {
+        match host(batch.processors.clock(boot))?.run(task, &mut output) {
             Ok(UNFIT) => eprintln!("    boot {boot} of the test host: its emulated processor does not run guests well"),
             Ok(code) => {
                 tries += 1;

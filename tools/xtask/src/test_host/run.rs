@@ -26,6 +26,8 @@ use super::{
 const SCRATCH_BYTES: u64 = 32 << 30;
 /// Variables of the environment that the command gets.
 const VARIABLES: [&str; 4] = ["CAISSON_", "NEXTEST_", "RUST_", "TESTBED_"];
+/// How long a pulse may be overdue, far more than a busy machine around it takes for one.
+const STANDSTILL: Duration = Duration::from_secs(60);
 /// How long the kernel's last words may take after the machine has ended.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -94,7 +96,7 @@ impl TestHost {
         let _machine = self.machine.start(&self.image, &share, connections)?;
         let console = if task.console { show(console) } else { Capture::of(console) };
 
-        let mut host = Control { stream: control, deadline };
+        let mut host = Control { stream: control, deadline, pulses: false };
         let ended = host.serve(&self.job(task)?, stdout);
         ended.map_err(|error| explain(error, task.limit, &console))?.map_err(anyhow::Error::msg)
     }
@@ -117,6 +119,8 @@ impl TestHost {
 struct Control {
     stream: UnixStream,
     deadline: Instant,
+    /// Whether it has begun to tell that its clock goes on.
+    pulses: bool,
 }
 
 impl Control {
@@ -134,6 +138,7 @@ impl Control {
                     stdout.write_all(&bytes).and_then(|()| stdout.flush()).context("write the output")?
                 }
                 Frame::Stderr(bytes) => io::stderr().write_all(&bytes).context("write to standard error")?,
+                Frame::Pulse => self.pulses = true,
                 Frame::Exit(verdict) => return Ok(verdict),
                 other @ (Frame::Job(_) | Frame::Stdin(_)) => bail!("unexpected {other:?}"),
             }
@@ -142,14 +147,20 @@ impl Control {
 }
 
 impl Read for Control {
-    /// Until the deadline.
+    /// Until the deadline, or until the machine's clock stands still.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(ErrorKind::TimedOut.into());
         }
-        self.stream.set_read_timeout(Some(left))?;
-        self.stream.read(buffer)
+        let patience = if self.pulses { STANDSTILL } else { left };
+        self.stream.set_read_timeout(Some(left.min(patience)))?;
+        match self.stream.read(buffer) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock && patience < left => {
+                Err(io::Error::other(format!("its clock has stood still for {} s", STANDSTILL.as_secs())))
+            }
+            read => read,
+        }
     }
 }
 
