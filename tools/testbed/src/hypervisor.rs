@@ -22,6 +22,7 @@ pub struct Hypervisor {
     name: String,
     program: Option<PathBuf>,
     guest: Guest,
+    root_disk: Option<PathBuf>,
     options: Vec<(String, Value)>,
 }
 
@@ -58,13 +59,20 @@ impl Hypervisor {
             // It boots compressed kernels only.
             guest.kernel.set_file_name("bzImage");
         }
-        Self { name: name.to_owned(), program, guest, options: Vec::new() }
+        Self { name: name.to_owned(), program, guest, root_disk: None, options: Vec::new() }
     }
 
     /// With another guest.
     #[must_use]
     pub fn with_guest(mut self, guest: &Guest) -> Self {
         self.guest = guest.clone();
+        self
+    }
+
+    /// With a guest whose root is a disk, `image`, and that has no initrd.
+    #[must_use]
+    pub fn with_root_disk(mut self, image: &Path) -> Self {
+        self.root_disk = Some(image.to_owned());
         self
     }
 
@@ -100,7 +108,11 @@ impl Hypervisor {
     pub(crate) fn table(&self) -> Vec<(String, Value)> {
         let path = |path: &Path| Value::from(path.display().to_string());
         let Guest { kernel, initrd } = &self.guest;
-        let mut table = vec![("kernel".to_owned(), path(kernel)), ("initrd".to_owned(), path(initrd))];
+        let root = match &self.root_disk {
+            Some(image) => ("image".to_owned(), path(image)),
+            None => ("initrd".to_owned(), path(initrd)),
+        };
+        let mut table = vec![("kernel".to_owned(), path(kernel)), root];
         table.extend(self.program.iter().map(|program| ("path".to_owned(), path(program))));
         table.extend(self.options.iter().cloned());
         table

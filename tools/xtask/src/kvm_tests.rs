@@ -50,8 +50,9 @@ const SIGN_OF_LIFE: &str = "binary(end_to_end) and test(=lifecycle::exec_has_str
 
 /// What `ctr` does with a container and with a pod, and what becomes of them when a program is killed. Not every hypervisor
 /// has a file system daemon.
-const PEERS_CONTAINERS: &str = "binary(end_to_end) and test(/^(crashes|lifecycle|pod|streams)::/) \
-                                and not test(/a_killed_file_system_daemon/)";
+const CONTAINERS: &str = "binary(end_to_end) \
+                          and test(/^(crashes|lifecycle|pod|streams)::|^guest::a_guest_may_have_its_root_on_a_disk/) \
+                          and not test(/a_killed_file_system_daemon/)";
 
 /// Some tests, in one boot of the test host, with one hypervisor and one guest kernel.
 struct Batch {
@@ -132,8 +133,13 @@ impl Batch {
         Self::of(name, tests, hypervisor, BatchGuest::OwnCompressed)
     }
 
+    /// QEMU's, whose KVM is not to be replaced by emulation.
     const fn qemu(name: &'static str, tests: &'static str, guest: BatchGuest) -> Self {
         Self { options: "accel=kvm", ..Self::of(name, tests, Hypervisor::QEMU, guest) }
+    }
+
+    const fn with_options(self, options: &'static str) -> Self {
+        Self { options, ..self }
     }
 
     const fn of(name: &'static str, tests: &'static str, hypervisor: &'static str, guest: BatchGuest) -> Self {
@@ -145,7 +151,7 @@ impl Batch {
     }
 }
 
-const BATCHES: [Batch; 21] = [
+const BATCHES: [Batch; 22] = [
     Batch::suite("every launcher: devices", "binary(launcher) and test(/^devices::/)"),
     Batch::suite("every launcher: shared directories", "binary(launcher) and test(/^integrity::.*_share_/)"),
     Batch::suite("every launcher: vsock", "binary(launcher) and test(/^integrity::.*::vsock_/)"),
@@ -173,21 +179,23 @@ const BATCHES: [Batch; 21] = [
     Batch::builtin("built-in VMM: pods that come and go", "binary(end_to_end) and test(/^cycles::/)", BatchGuest::Own),
     Batch::builtin("built-in VMM: a compressed kernel", SIGN_OF_LIFE, BatchGuest::OwnCompressed),
     Batch::builtin("built-in VMM: Debian's kernel", "binary(end_to_end) and test(/^pod::/)", BatchGuest::Debian),
-    Batch::qemu("QEMU with KVM: pods", "binary(end_to_end) and test(/^pod::/)", BatchGuest::Own),
+    Batch::qemu("QEMU with KVM: containers and pods", CONTAINERS, BatchGuest::Own),
+    Batch::qemu("QEMU q35 with KVM: containers and pods", CONTAINERS, BatchGuest::Own)
+        .with_options("accel=kvm machine_type=q35"),
     Batch::qemu("QEMU with KVM: Debian's kernel", SIGN_OF_LIFE, BatchGuest::Debian),
-    Batch::peer("Firecracker: containers and pods", "firecracker", PEERS_CONTAINERS),
+    Batch::peer("Firecracker: containers and pods", "firecracker", CONTAINERS),
     Batch::peer(
         "Firecracker: root file systems on disks",
         "firecracker",
         "binary(end_to_end) and test(/^block_rootfs::/)",
     ),
-    Batch::peer("Cloud Hypervisor: containers and pods", "cloud-hypervisor", PEERS_CONTAINERS),
+    Batch::peer("Cloud Hypervisor: containers and pods", "cloud-hypervisor", CONTAINERS),
     Batch::peer(
         "Cloud Hypervisor: root file systems on disks",
         "cloud-hypervisor",
         "binary(end_to_end) and test(/^block_rootfs::/)",
     ),
-    Batch::compressed_peer("StratoVirt: containers and pods", "stratovirt", PEERS_CONTAINERS),
+    Batch::compressed_peer("StratoVirt: containers and pods", "stratovirt", CONTAINERS),
 ];
 
 /// Runs the batches whose names contain one of `only`, or all, here or in a test host.

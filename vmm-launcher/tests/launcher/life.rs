@@ -120,7 +120,7 @@ async fn a_pause_that_would_end_the_hypervisor_is_unimplemented(backend: Backend
     assert!(refusal.message.contains("seccomp = false"), "{refusal}");
     launcher.until_console_has(&log, "guest: tick").await;
     let able = launcher.client.capabilities(deadline(LIMIT), &launcher.capabilities()).await.unwrap();
-    assert_eq!(able.operations, Vec::<String>::new());
+    assert!(!able.operations.contains(&"pause".to_owned()), "{able}");
     assert_eq!(able.missing["pause"], refusal.message);
 }
 

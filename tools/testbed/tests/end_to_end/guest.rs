@@ -21,6 +21,18 @@ fn a_seccomp_profile_is_in_force() -> Result<()> {
 }
 
 #[test]
+fn a_guest_may_have_its_root_on_a_disk() -> Result<()> {
+    let installation = Installation::find()?;
+    let image = installation.guest.initrd.with_file_name("rootfs.erofs");
+    let hypervisor = Hypervisor::of_this_run(&installation).with_root_disk(&image);
+    let containerd = Containerd::start_with(&installation, &Configuration::new(hypervisor, &installation))?;
+    let parameters = containerd.run(&[], &["cat", "/proc/cmdline"])?.success()?.stdout_text();
+    assert!(parameters.contains(" root=/dev/vda "), "{parameters}");
+    containerd.assert_nothing_left();
+    Ok(())
+}
+
+#[test]
 fn a_container_runs_on_debians_kernel_as_it_is() -> Result<()> {
     let installation = Installation::find()?;
     let hypervisor = Hypervisor::of_this_run(&installation).with_guest(&installation.debian_guest);
