@@ -27,6 +27,7 @@ pub mod metrics;
 pub mod outlive;
 pub mod process;
 pub mod qmp;
+pub mod size;
 pub mod tail;
 pub mod time_stamp;
 pub mod vfio;

@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use crate::size::Size;
+
 /// A name with its meaning.
 #[derive(Clone, Copy, Debug)]
 pub struct Family {
@@ -12,9 +14,9 @@ pub struct Family {
 }
 
 /// The guest's memory.
-pub const MEMORY: Family = Family { name: "caisson_vm_memory_bytes", help: "The guest's memory." };
+const MEMORY: Family = Family { name: "caisson_vm_memory_bytes", help: "The guest's memory." };
 /// The guest's processors.
-pub const VCPUS: Family = Family { name: "caisson_vm_vcpus", help: "The guest's processors." };
+const VCPUS: Family = Family { name: "caisson_vm_vcpus", help: "The guest's processors." };
 /// By `device`.
 pub const BLOCK_READ: Family =
     Family { name: "caisson_vm_block_read_bytes_total", help: "Bytes that the guest read from a disk." };
@@ -33,6 +35,12 @@ pub const NET_SENT: Family =
 pub struct Metrics(String);
 
 impl Metrics {
+    /// How big the VM is.
+    pub fn size(&mut self, size: Size) {
+        self.number(MEMORY, size.memory_mib << 20);
+        self.number(VCPUS, size.vcpus.into());
+    }
+
     /// One number without labels.
     pub fn number(&mut self, family: Family, value: u64) {
         self.head(family);

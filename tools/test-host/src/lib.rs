@@ -24,6 +24,8 @@ pub const PORT: &str = "caisson.control";
 pub const SYSTEM_DISK: &str = "system";
 /// Serial number of the disk that everything is written to, an empty ext4.
 pub const SCRATCH_DISK: &str = "scratch";
+/// Serial number of a disk like the system's that the machine itself does not use: a device to give away, by VFIO.
+pub const SPARE_DISK: &str = "spare";
 /// The virtio-fs tag of the machine's folders.
 pub const SHARE: &str = "machine";
 

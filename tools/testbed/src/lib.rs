@@ -40,6 +40,6 @@ pub use hypervisor::Hypervisor;
 pub use images::{Archives, BUSYBOX, BUSYBOX_APP, NGINX, PAUSE};
 pub use installation::{Guest, Installation};
 pub use kvm::Accelerator;
-pub use results::{Recording, TestResult, Verdict, version_of};
+pub use results::{Recording, TestResult, Verdict, skip, version_of};
 pub use scope::{Scope, kill, program_name};
 pub use session::{Outcome, Session};

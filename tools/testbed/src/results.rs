@@ -2,6 +2,7 @@
 //! table of operations and hypervisors is made from it.
 
 use std::{
+    cell::RefCell,
     env,
     fs::OpenOptions,
     io::Write,
@@ -42,6 +43,18 @@ pub enum Verdict {
     NotRun(String),
 }
 
+thread_local! {
+    /// Why the test of this thread could not run after all.
+    static SKIPPED: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// The test of this thread has found that it cannot run: it says why and ends, and is not counted as passed.
+pub fn skip(why: impl Into<String>) {
+    let why = why.into();
+    eprintln!("not run: {why}");
+    SKIPPED.set(Some(why));
+}
+
 /// Tells how the test of this thread ends. A test that ends otherwise than by [`Self::pass`] has failed.
 #[derive(Debug)]
 pub struct Recording {
@@ -76,7 +89,11 @@ impl Recording {
 impl Drop for Recording {
     fn drop(&mut self) {
         let passed = self.passed && !thread::panicking();
-        self.result.verdict = if passed { Verdict::Passed } else { Verdict::Failed };
+        self.result.verdict = match SKIPPED.take() {
+            Some(why) if !thread::panicking() => Verdict::NotRun(why),
+            _ if passed => Verdict::Passed,
+            _ => Verdict::Failed,
+        };
         self.result.write();
     }
 }

@@ -86,7 +86,7 @@ impl Processors {
     const fn sign_of_fitness(self) -> &'static str {
         match self {
             Self::One => "binary(launcher) and test(=life::qemu::a_guest_that_powers_off_ends_its_vm)",
-            Self::Several => "binary(launcher) and test(=sizes::qemu::processors_of_q35_come_and_go)",
+            Self::Several => "binary(launcher) and test(=sizes::qemu::processors_come_and_go)",
         }
     }
 }

@@ -27,6 +27,8 @@ const OPERATIONS: &[(&str, &[&str])] = &[
     ("shared directory", &["integrity::a_share", "devices::a_guest_finds_what_the_vmm"]),
     ("all devices together", &["devices::a_guest_"]),
     ("disks that come and go", &["devices::a_disk"]),
+    ("device of the host (VFIO)", &["vfio::"]),
+    ("processors and memory that come and go", &["sizes::processors", "sizes::memory", "sizes::more"]),
     ("metrics", &["devices::what"]),
     (
         "bad requests refused",
@@ -133,9 +135,9 @@ fn operation_of(test: &str) -> Option<&'static str> {
     OPERATIONS.iter().find(|(_, starts)| fits(starts)).map(|(operation, _)| *operation)
 }
 
-/// Whether a test did not say that it cannot.
+/// Whether a test did not say, at last, that it cannot.
 fn ran(runs: &[TestResult]) -> bool {
-    runs.iter().any(|run| !matches!(run.verdict, Verdict::NotRun(_)))
+    runs.last().is_some_and(|run| !matches!(run.verdict, Verdict::NotRun(_)))
 }
 
 /// The last try counts, as for the test runner.
@@ -164,6 +166,12 @@ mod tests {
         let results = Results::parse(&line("qemu", "pod::a", r#""begun""#));
         assert_eq!(results.summary(), ["qemu 1.2: 0 passed, failed: pod::a"]);
         assert!(results.to_markdown(&[]).contains("**1 of 1 failed**"));
+    }
+
+    #[test]
+    fn a_test_that_began_and_could_not_run_is_not_counted() {
+        let lines = [r#""begun""#, r#"{"not-run":"no IOMMU"}"#].map(|verdict| line("qemu", "vfio::a", verdict));
+        assert!(Results::parse(&lines.join("\n")).summary().is_empty());
     }
 
     #[test]

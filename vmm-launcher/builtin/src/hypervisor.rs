@@ -16,9 +16,10 @@ use caisson_vmm_launcher::{
     console::{self, Audience, Console},
     hypervisor::{Created, Hypervisor},
     kvm,
-    metrics::{MEMORY, Metrics, VCPUS},
+    metrics::Metrics,
     options::{describe, parse},
     request,
+    size::Size,
     virtiofsd::{self, Virtiofsd},
     vm::exit,
 };
@@ -48,8 +49,7 @@ pub struct Builtin {
     console: Console,
     file_servers: Mutex<Vec<Virtiofsd>>,
     violations: Option<Violations>,
-    memory_mib: u64,
-    vcpus: u32,
+    size: Size,
 }
 
 /// For `Capabilities`.
@@ -136,8 +136,7 @@ impl Hypervisor for Builtin {
             console,
             file_servers: Mutex::new(file_servers),
             violations: confinement.map(Confinement::enter),
-            memory_mib: config.memory_mib,
-            vcpus: config.vcpus,
+            size: Size::of(config),
         };
         Ok(Created { hypervisor, devices })
     }
@@ -161,8 +160,8 @@ impl Hypervisor for Builtin {
     async fn resize_balloon(&self, request: &ResizeBalloonRequest) -> Result<u64> {
         const VERB: &str = "resize the balloon of";
         let wanted_mib = request.memory_mib;
-        if wanted_mib >= self.memory_mib {
-            let has_mib = self.memory_mib;
+        let has_mib = self.size.memory_mib;
+        if wanted_mib >= has_mib {
             return Err(Error::Invalid(format!("a balloon cannot hold {wanted_mib} MiB of a guest's {has_mib} MiB")));
         }
         let balloon = self.with_machine(VERB, Machine::balloon)?;
@@ -210,8 +209,7 @@ impl Hypervisor for Builtin {
 
     async fn metrics(&self) -> Result<String> {
         let mut metrics = Metrics::default();
-        metrics.number(MEMORY, self.memory_mib << 20);
-        metrics.number(VCPUS, self.vcpus.into());
+        metrics.size(self.size);
         Ok(metrics.text() + &self.with_machine("count for", Machine::metrics)?)
     }
 }

@@ -16,7 +16,7 @@ use caisson_protocol::{
     vmm::{self, CapabilitiesRequest, CreateRequest, CreateResponse, Device, VmConfig, WaitResponse, device::Kind},
     vmm_ttrpc::VmmClient,
 };
-use caisson_testbed::{Installation, Recording};
+use caisson_testbed::{Installation, Recording, skip};
 use tempfile::TempDir;
 use tokio::{
     net::UnixStream,
@@ -114,6 +114,14 @@ impl Backend {
     /// Whether its guests can have virtio-fs.
     pub fn shares_directories(self) -> bool {
         self != Self::Firecracker
+    }
+
+    /// What a VM needs whose size is to change, or that is to take devices while it runs.
+    pub fn growing(self) -> &'static str {
+        match self {
+            Self::Qemu => "\nmachine_type = \"q35\"",
+            Self::Builtin | Self::CloudHypervisor | Self::Firecracker | Self::StratoVirt => "",
+        }
     }
 
     /// Whether its network cards can have several pairs of queues.
@@ -273,9 +281,7 @@ impl Images {
         let initrd =
             setting("CAISSON_TEST_INITRD").or(installation.as_ref().ok().map(|found| found.guest.initrd.clone()));
         let (Some(kernel), Some(base)) = (kernel, initrd) else {
-            eprintln!(
-                "skipped: no guest to boot; run `cargo xtask setup` or set CAISSON_TEST_KERNEL and CAISSON_TEST_INITRD"
-            );
+            skip("no guest to boot; run `cargo xtask setup` or set CAISSON_TEST_KERNEL and CAISSON_TEST_INITRD");
             return None;
         };
         let virtiofsd = installation.map_or_else(|_| "/usr/libexec/virtiofsd".into(), |found| found.virtiofsd);

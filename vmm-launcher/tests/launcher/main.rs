@@ -20,3 +20,4 @@ mod refusals;
 mod sizes;
 mod snapshot;
 mod terminal;
+mod vfio;

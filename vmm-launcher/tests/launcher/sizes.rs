@@ -16,14 +16,21 @@ use crate::{
 for_backend!(
     qemu,
     Qemu,
-    processors_of_q35_come_and_go,
-    memory_of_q35_comes_and_goes,
+    processors_come_and_go,
+    memory_comes_and_goes,
     memory_that_comes_is_of_huge_pages_as_the_first_is,
     more_than_a_vm_was_made_for_is_refused,
     microvm_cannot_be_resized_and_says_so
 );
 
-const Q35: &str = "\nmachine_type = \"q35\"";
+for_backend!(
+    cloud_hypervisor,
+    CloudHypervisor,
+    processors_come_and_go,
+    memory_comes_and_goes,
+    more_than_a_vm_was_made_for_is_refused
+);
+for_backend!(firecracker, Firecracker, memory_comes_and_goes, more_memory_than_a_vm_was_made_for_is_refused);
 
 /// A guest that tells whenever its size changes.
 async fn growing(backend: Backend, images: &Images, options: &str) -> (Launcher, PathBuf) {
@@ -54,9 +61,9 @@ async fn resize_memory(launcher: &Launcher, memory_mib: u64) -> Result<u64, Stat
     launcher.client.resize_memory(deadline(LIMIT), &request).await.map(|done| done.memory_mib).map_err(Status::from)
 }
 
-async fn processors_of_q35_come_and_go(backend: Backend) {
+async fn processors_come_and_go(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let (launcher, log) = growing(backend, &images, Q35).await;
+    let (launcher, log) = growing(backend, &images, backend.growing()).await;
     launcher.boot().await.unwrap();
     launcher.until_console_has(&log, "guest: 1 processors").await;
 
@@ -68,9 +75,9 @@ async fn processors_of_q35_come_and_go(backend: Backend) {
     assert!(metrics.contains("\ncaisson_vm_vcpus 2\n"), "{metrics}");
 }
 
-async fn memory_of_q35_comes_and_goes(backend: Backend) {
+async fn memory_comes_and_goes(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let (launcher, log) = growing(backend, &images, Q35).await;
+    let (launcher, log) = growing(backend, &images, backend.growing()).await;
     launcher.boot().await.unwrap();
     launcher.until_console_has(&log, " MiB").await;
     let told = fs::read_to_string(&log).unwrap();
@@ -87,7 +94,7 @@ async fn memory_of_q35_comes_and_goes(backend: Backend) {
 async fn memory_that_comes_is_of_huge_pages_as_the_first_is(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let launcher = Launcher::start(backend).await;
-    let (mut request, log) = growing_request(&launcher, &images, Q35);
+    let (mut request, log) = growing_request(&launcher, &images, backend.growing());
     request.vm.as_mut().unwrap().huge_pages = true;
     let pid = match launcher.create(&request).await {
         Ok(created) => created.pid,
@@ -103,12 +110,21 @@ async fn memory_that_comes_is_of_huge_pages_as_the_first_is(backend: Backend) {
 
 async fn more_than_a_vm_was_made_for_is_refused(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let (launcher, _) = growing(backend, &images, Q35).await;
-    let refused = |message: &str| Status::new(Code::INVALID_ARGUMENT, message);
-    let vcpus = "4 vCPUs cannot be had while the VM runs: 1 to 3, which its max_vcpus says";
-    assert_eq!(resize_vcpus(&launcher, 4).await, Err(refused(vcpus)));
-    let memory = "513 MiB of memory cannot be had while the VM runs: 192 to 512, which its max_memory_mib says";
-    assert_eq!(resize_memory(&launcher, 513).await, Err(refused(memory)));
+    let (launcher, _) = growing(backend, &images, backend.growing()).await;
+    let words = "4 vCPUs cannot be had while the VM runs: 1 to 3, which its max_vcpus says";
+    assert_eq!(resize_vcpus(&launcher, 4).await, Err(Status::new(Code::INVALID_ARGUMENT, words)));
+    more_memory_is_refused(&launcher).await;
+}
+
+async fn more_memory_than_a_vm_was_made_for_is_refused(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let (launcher, _) = growing(backend, &images, "").await;
+    more_memory_is_refused(&launcher).await;
+}
+
+async fn more_memory_is_refused(launcher: &Launcher) {
+    let words = "513 MiB of memory cannot be had while the VM runs: 192 to 512, which its max_memory_mib says";
+    assert_eq!(resize_memory(launcher, 513).await, Err(Status::new(Code::INVALID_ARGUMENT, words)));
 }
 
 async fn microvm_cannot_be_resized_and_says_so(backend: Backend) {

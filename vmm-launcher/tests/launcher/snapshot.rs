@@ -10,6 +10,8 @@ use caisson_protocol::{
     },
 };
 
+use caisson_testbed::skip;
+
 use crate::{
     fixture::{Backend, Images, LIMIT, Launcher, children, device, for_backend, text},
     integrity::{self, PORT, assert_all_arrived, ended, exchange_over_vsock},
@@ -20,6 +22,7 @@ for_backend!(
     Qemu,
     a_restored_guest_of_microvm_goes_on_where_it_was,
     a_restored_guest_of_q35_goes_on_where_it_was,
+    a_restored_guest_is_reached_by_its_new_vsock,
     a_guest_with_hybrid_vsock_is_not_saved,
     a_guest_with_a_pmem_image_is_not_saved,
     a_running_guest_is_not_saved,
@@ -98,7 +101,10 @@ async fn a_restored_guest_is_reached_by_its_new_vsock(backend: Backend) {
     let first = Launcher::start(backend).await;
     let script = format!("guest-load vsock {PORT} 1");
     let request = integrity::request(&first, &images, &script, &[("vsock", vsock(&first))]);
-    first.create(&request).await.unwrap();
+    let created = first.create(&request).await.unwrap();
+    if backend == Backend::Qemu && created.devices[1].address.starts_with("hvsock:") {
+        return skip("QEMU saves a guest with the host's vsock only, and this machine has no /dev/vhost-vsock");
+    }
     first.boot().await.unwrap();
     first.until_console_has(&first.dir.path().join("console.log"), "guest: listening").await;
     first.client.pause(deadline(LIMIT), &PauseRequest::new()).await.unwrap();
@@ -133,7 +139,7 @@ async fn a_guest_with_hybrid_vsock_is_not_saved(backend: Backend) {
     request.vm.as_mut().unwrap().devices = vec![device("vsock", vsock(&launcher))];
     let created = launcher.create(&request).await.unwrap();
     if !created.devices[0].address.starts_with("hvsock:") {
-        return;
+        return skip("this machine has a vsock of its own");
     }
     let status = refusal(&launcher, &images).await;
     assert_eq!(status.code, Code::UNIMPLEMENTED);

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use caisson_testbed::{Configuration, Containerd, Hypervisor, Installation};
+use caisson_testbed::{Configuration, Containerd, Hypervisor, Installation, skip};
 
 /// Far below the defaults: a test should not wait a minute to see a deadline kept.
 const BOOT_LIMIT: Duration = Duration::from_secs(20);
@@ -110,7 +110,7 @@ fn after_a_refusal_the_same_containerd_still_runs_containers() -> Result<()> {
 fn has_a_program() -> Result<bool> {
     let hypervisor = Hypervisor::of_this_run(&Installation::find()?);
     if hypervisor.program().is_none() {
-        eprintln!("not run: {} is its launcher", hypervisor.name());
+        skip(format!("{} is its launcher", hypervisor.name()));
     }
     Ok(hypervisor.program().is_some())
 }

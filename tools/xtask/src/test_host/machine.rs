@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use caisson_test_host::{PORT, SCRATCH_DISK, SHARE, SYSTEM_DISK};
+use caisson_test_host::{PORT, SCRATCH_DISK, SHARE, SPARE_DISK, SYSTEM_DISK};
 use command_fds::{CommandFdExt, FdMapping};
 
 use super::{child::ChildGuard, image::Image, share::Share};
@@ -16,9 +16,11 @@ use super::{child::ChildGuard, image::Image, share::Share};
 const PROCESSOR: &str =
     "EPYC,+svm,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,-xsavec";
 const PLATFORM: &str = "q35,memory-backend=memory,smbus=off,sata=off,usb=off,vmport=off";
+/// What lets it give devices away; it is Intel's, which Linux takes beside any processor.
+const IOMMU: &str = "intel-iommu,intremap=on";
 /// A panic ends the machine. On a busy machine, the watchdog may distrust the emulated time stamp counter, and KVM then gives
 /// guests a poorer clock.
-const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable";
+const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable intel_iommu=on iommu=pt";
 /// QEMU's cache of translated code in MiB: the default grows with the machine's memory, not with what is executed.
 const TRANSLATIONS_MIB: u32 = 256;
 
@@ -88,6 +90,8 @@ impl Machine {
         let mut qemu = ChildGuard::command("qemu-system-x86_64");
         qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", PLATFORM]);
         qemu.args(["-cpu", PROCESSOR]).args(self.clock.arguments());
+        // Before all devices, which are behind it.
+        qemu.args(["-device", IOMMU]);
         qemu.arg("-m").arg(format!("{}M", self.memory_mib));
         qemu.arg("-object").arg(format!("memory-backend-memfd,id=memory,share=on,size={}M", self.memory_mib));
         qemu.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd).args(["-append", PARAMETERS]);
@@ -96,11 +100,12 @@ impl Machine {
         qemu.args(["-chardev", &format!("socket,id=control,fd={CONTROL_FD}")]);
         qemu.args(["-device", &format!("virtserialport,chardev=control,name={PORT}")]);
 
-        let system = image.system.display();
-        add_disk(&mut qemu, SYSTEM_DISK, &format!("read-only=on,file.filename={system}"));
+        let system = format!("read-only=on,file.filename={}", image.system.display());
+        add_disk(&mut qemu, SYSTEM_DISK, &system, "");
+        add_disk(&mut qemu, SPARE_DISK, &system, ",iommu_platform=on,disable-legacy=on");
         qemu.args(["-add-fd", &format!("fd={SCRATCH_FD},set=1")]);
         // Nobody reads it when the machine has ended.
-        add_disk(&mut qemu, SCRATCH_DISK, "discard=unmap,cache.no-flush=on,file.filename=/dev/fdset/1");
+        add_disk(&mut qemu, SCRATCH_DISK, "discard=unmap,cache.no-flush=on,file.filename=/dev/fdset/1", "");
         qemu.args(["-chardev", &format!("socket,id=share,path={},abstract=on", share.socket())]);
         qemu.args(["-device", &format!("vhost-user-fs-pci,chardev=share,tag={SHARE}")]);
 
@@ -118,7 +123,8 @@ impl Machine {
     }
 }
 
-fn add_disk(qemu: &mut Command, serial: &str, options: &str) {
-    qemu.arg("-blockdev").arg(format!("driver=raw,node-name={serial},file.driver=file,{options}"));
-    qemu.arg("-device").arg(format!("virtio-blk-pci,drive={serial},serial={serial}"));
+/// `file` and `device` are more options of QEMU's for each.
+fn add_disk(qemu: &mut Command, serial: &str, file: &str, device: &str) {
+    qemu.arg("-blockdev").arg(format!("driver=raw,node-name={serial},file.driver=file,{file}"));
+    qemu.arg("-device").arg(format!("virtio-blk-pci,drive={serial},serial={serial}{device}"));
 }

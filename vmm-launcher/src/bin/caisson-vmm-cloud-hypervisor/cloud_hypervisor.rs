@@ -8,7 +8,7 @@ use std::{
         unix::net::UnixStream as StdUnixStream,
     },
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{Mutex, MutexGuard},
     time::{Duration, Instant},
 };
 
@@ -26,7 +26,9 @@ use caisson_vmm_launcher::{
     options::{describe, parse},
     outlive::{Known, Lifetime, Memory, connect},
     process::{Ended, Process, Streams},
-    request, vfio,
+    request,
+    size::Sizes,
+    vfio,
     virtiofsd::{Virtiofsd, any_failed, connected_listener, named_listener},
     vm::exit,
 };
@@ -61,7 +63,7 @@ pub struct CloudHypervisor {
     attached: Attached,
     file_servers: Mutex<Vec<Virtiofsd>>,
     run_dir: RunDir,
-    size: Mutex<Size>,
+    sizes: Mutex<Sizes>,
     lifetime: Lifetime,
     known: Constant,
 }
@@ -84,14 +86,7 @@ struct Own {
     constant: Constant,
     sockets: Vec<String>,
     attached: HashMap<String, KnownHostSide>,
-    size: Size,
-}
-
-/// What the guest has now.
-#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
-struct Size {
-    memory_mib: u64,
-    vcpus: u32,
+    sizes: Sizes,
 }
 
 impl Hypervisor for CloudHypervisor {
@@ -206,14 +201,16 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn resize_vcpus(&self, request: &ResizeVcpusRequest) -> Result<u32> {
+        self.sizes().can_have_vcpus(request.vcpus)?;
         self.api.resize_vcpus(request.vcpus).await?;
-        self.size.lock().expect("nobody panics with the size").vcpus = request.vcpus;
+        self.sizes().now.vcpus = request.vcpus;
         Ok(request.vcpus)
     }
 
     async fn resize_memory(&self, request: &ResizeMemoryRequest) -> Result<u64> {
+        self.sizes().can_have_memory(request.memory_mib)?;
         self.api.resize_memory(request.memory_mib).await?;
-        self.size.lock().expect("nobody panics with the size").memory_mib = request.memory_mib;
+        self.sizes().now.memory_mib = request.memory_mib;
         Ok(request.memory_mib)
     }
 
@@ -259,7 +256,7 @@ impl Hypervisor for CloudHypervisor {
             constant: self.known.clone(),
             sockets: self.run_dir.names(),
             attached: self.attached.known()?,
-            size: *self.size.lock().expect("nobody panics with the size"),
+            sizes: *self.sizes(),
         };
         Ok(Memory {
             process: self.process.known()?,
@@ -269,7 +266,7 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn adopt(state_dir: &Path, memory: Memory) -> Result<Adopted<Self>> {
-        let Own { constant: known, sockets, attached, size } = memory.own()?;
+        let Own { constant: known, sockets, attached, sizes } = memory.own()?;
         let process = Process::adopt(&memory.process)?;
         let pid = process.pid();
         let events = Events::adopt(pid, known.events).map_err(Error::host("listen to Cloud Hypervisor's events"))?;
@@ -293,7 +290,7 @@ impl Hypervisor for CloudHypervisor {
             console,
             attached: Attached::adopt(attached)?,
             run_dir,
-            size: Mutex::new(size),
+            sizes: Mutex::new(sizes),
             lifetime: Lifetime::of_vm(state_dir)?,
             known,
         };
@@ -301,10 +298,8 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn metrics(&self) -> Result<String> {
-        let size = *self.size.lock().expect("nobody panics with the size");
         let mut metrics = metrics::Metrics::default();
-        metrics.number(metrics::MEMORY, size.memory_mib << 20);
-        metrics.number(metrics::VCPUS, size.vcpus.into());
+        metrics.size(self.sizes().now);
         // Before the boot there is nothing to count, and it says so by refusing.
         let counters = self.api.counters().await.unwrap_or_default();
         for (key, family) in [
@@ -427,7 +422,7 @@ impl Started {
             attached,
             file_servers: Mutex::new(file_servers),
             run_dir,
-            size: Mutex::new(Size { memory_mib: vm.memory_mib, vcpus: vm.vcpus }),
+            sizes: Mutex::new(Sizes::of(vm)),
             lifetime,
             known,
         };
@@ -452,6 +447,10 @@ impl Started {
 }
 
 impl CloudHypervisor {
+    fn sizes(&self) -> MutexGuard<'_, Sizes> {
+        self.sizes.lock().expect("nobody panics with the sizes")
+    }
+
     fn explain(&self, ended: &Ended) -> (ExitReason, String) {
         if let Some(words) = self.console.panic() {
             return (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}"));

@@ -25,6 +25,7 @@ use caisson_vmm_launcher::{
     outlive::{Lifetime, Memory, connect},
     process::{Ended, Process, Streams, lasting_pipe, reopen},
     request,
+    size::Sizes,
     vm::exit,
 };
 use rustix::pipe::fcntl_setpipe_size;
@@ -35,7 +36,7 @@ use tracing::{debug, info};
 
 use crate::{
     api::{Api, SnapshotFiles},
-    configuration::{self, Configuration, iface, memory_to_add},
+    configuration::{self, Configuration, iface},
     disks::{Disks, Spares, spares},
     layout::{self, API, LOG, METRICS, RunDir, SNAPSHOT},
     log::Log,
@@ -66,9 +67,7 @@ pub struct Firecracker {
     log: Log,
     counters: Counters,
     spares: Spares,
-    memory_mib: u64,
-    more_memory_mib: u64,
-    vcpus: u32,
+    sizes: Mutex<Sizes>,
     booted: AtomicBool,
     /// What lives as long as Firecracker does.
     held: Mutex<Option<(RunDir, Option<Input>)>>,
@@ -81,9 +80,7 @@ pub struct Firecracker {
 struct Own {
     run_dir: PathBuf,
     disks: Disks,
-    memory_mib: u64,
-    more_memory_mib: u64,
-    vcpus: u32,
+    sizes: Sizes,
 }
 
 impl Hypervisor for Firecracker {
@@ -190,18 +187,14 @@ impl Hypervisor for Firecracker {
     }
 
     async fn resize_memory(&self, request: &ResizeMemoryRequest) -> Result<u64> {
-        let most = self.memory_mib + self.more_memory_mib;
-        if !(self.memory_mib..=most).contains(&request.memory_mib) {
-            return Err(Error::Invalid(format!(
-                "the guest cannot have {} MiB of memory: {} to {most}, by its configuration",
-                request.memory_mib, self.memory_mib
-            )));
+        let wanted_mib = request.memory_mib;
+        let sizes = self.sizes();
+        sizes.can_have_memory(wanted_mib)?;
+        if sizes.most != sizes.first {
+            self.api.request_memory(wanted_mib - sizes.first.memory_mib).await?;
         }
-        let more = request.memory_mib - self.memory_mib;
-        if self.more_memory_mib > 0 {
-            self.api.request_memory(more).await?;
-        }
-        Ok(request.memory_mib)
+        self.sizes.lock().expect("nobody panics with the sizes").now.memory_mib = wanted_mib;
+        Ok(wanted_mib)
     }
 
     fn kill(&self) {
@@ -226,13 +219,7 @@ impl Hypervisor for Firecracker {
     }
 
     fn remember(&self) -> Result<Memory> {
-        let own = Own {
-            run_dir: self.run_dir.clone(),
-            disks: self.spares.disks(),
-            memory_mib: self.memory_mib,
-            more_memory_mib: self.more_memory_mib,
-            vcpus: self.vcpus,
-        };
+        let own = Own { run_dir: self.run_dir.clone(), disks: self.spares.disks(), sizes: self.sizes() };
         Ok(Memory {
             process: self.process.known()?,
             console_log: self.console_log.clone(),
@@ -260,9 +247,7 @@ impl Hypervisor for Firecracker {
             log,
             counters,
             spares: Spares::adopt(own.disks),
-            memory_mib: own.memory_mib,
-            more_memory_mib: own.more_memory_mib,
-            vcpus: own.vcpus,
+            sizes: Mutex::new(own.sizes),
             booted: AtomicBool::new(state != VmState::CREATED),
             held: Mutex::new(Some((files, None))),
             run_dir: own.run_dir,
@@ -273,8 +258,7 @@ impl Hypervisor for Firecracker {
 
     async fn metrics(&self) -> Result<String> {
         let mut known = metrics::Metrics::default();
-        known.number(metrics::MEMORY, self.memory_mib << 20);
-        known.number(metrics::VCPUS, self.vcpus.into());
+        known.size(self.sizes().now);
         let counted = match self.booted.load(Ordering::Relaxed) {
             true => self.counters.text(&self.api).await?,
             false => String::new(),
@@ -353,9 +337,7 @@ async fn start(
         log,
         counters,
         spares: Spares::new(spares(options)),
-        memory_mib: vm.memory_mib,
-        more_memory_mib: memory_to_add(vm).unwrap_or_default(),
-        vcpus: vm.vcpus,
+        sizes: Mutex::new(Sizes::of(vm)),
         booted: AtomicBool::new(false),
         held: Mutex::new(Some((files, input))),
         run_dir: run_dir.to_owned(),
@@ -376,6 +358,10 @@ impl Firecracker {
                 Err(refusal)
             }
         }
+    }
+
+    fn sizes(&self) -> Sizes {
+        *self.sizes.lock().expect("nobody panics with the sizes")
     }
 
     fn explain(&self, ended: &Ended) -> (ExitReason, String) {

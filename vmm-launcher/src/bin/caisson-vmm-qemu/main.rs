@@ -4,6 +4,7 @@
 
 mod accelerator;
 mod command_line;
+mod helpers;
 mod hotplug;
 mod kernel_params;
 mod options;

@@ -1,8 +1,9 @@
 //! One QEMU process with its VM.
 
+mod adoption;
+
 use std::{
     collections::HashMap,
-    fs,
     os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
     path::{Path, PathBuf},
     sync::Mutex,
@@ -11,38 +12,39 @@ use std::{
 
 use caisson_protocol::vmm::{
     Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeMemoryRequest,
-    ResizeVcpusRequest, RestoreRequest, SnapshotRequest, VmConfig, VmState, WaitResponse, device::Kind,
+    ResizeVcpusRequest, RestoreRequest, SnapshotRequest, VmConfig, WaitResponse, device::Kind,
 };
 use caisson_vmm_launcher::{
     Error, Result,
     console::{self, Audience, Console},
-    guest_vsock::{GuestVsock, VsockServer},
+    guest_vsock::GuestVsock,
     hypervisor::{Adopted, Created, Hypervisor},
     kernel, metrics,
     options::{describe, parse, with_needs},
-    outlive::{Known, Lifetime, Memory},
+    outlive::{Lifetime, Memory},
     process::{Ended, Process, Streams},
     qmp::Qmp,
     request,
     time_stamp::Moment,
     vfio::HostDevice,
-    virtiofsd::{Virtiofsd, any_failed, named_listener},
+    virtiofsd::{Virtiofsd, named_listener},
     vm::exit,
 };
-use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::{net::UnixStream, time::timeout};
 use tracing::{debug, info};
 
+use self::adoption::Sockets;
 use crate::{
     accelerator::{self, Accelerator},
     command_line::{CommandLine, Socket},
-    hotplug::{self, Slots},
+    helpers::{Helpers, KnownHelpers},
+    hotplug::Slots,
     kernel_params::kernel_params,
     options::{DOCS, MachineType, NEEDS, Options},
     probe::Installed,
     saved::{self, Saved},
-    sizes::{self, Sizes},
+    sizes::Sizes,
 };
 
 /// QEMU is ready in a tenth of a second, unless the host is very busy.
@@ -96,52 +98,6 @@ pub struct Qemu {
     /// Where another launcher finds QEMU.
     sockets: Option<Sockets>,
     console_log: Option<PathBuf>,
-}
-
-/// What lives as long as QEMU does.
-#[derive(Default)]
-struct Helpers {
-    file_servers: Vec<Virtiofsd>,
-    vsock: Option<VsockServer>,
-}
-
-/// [`Helpers`] for another launcher.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
-struct KnownHelpers {
-    /// By their shares.
-    file_servers: Vec<(String, Known)>,
-    /// By its socket.
-    vsock: Option<(PathBuf, Known)>,
-}
-
-/// What another launcher needs to know of QEMU, beside its processes.
-#[derive(Debug, Deserialize, Serialize)]
-struct Own {
-    run_dir: PathBuf,
-    machine_type: MachineType,
-    devices: hotplug::Devices,
-    sizes: sizes::KnownSizes,
-    unsaveable: Option<String>,
-    helpers: KnownHelpers,
-}
-
-/// The sockets on which QEMU takes one launcher after the other.
-#[derive(Debug)]
-struct Sockets {
-    qmp: PathBuf,
-    console: PathBuf,
-}
-
-impl Sockets {
-    fn in_dir(state_dir: &Path) -> Self {
-        Self { qmp: state_dir.join("qmp.sock"), console: state_dir.join("console.sock") }
-    }
-
-    fn remove(&self) {
-        for socket in [&self.qmp, &self.console] {
-            let _ = fs::remove_file(socket);
-        }
-    }
 }
 
 impl Hypervisor for Qemu {
@@ -263,63 +219,16 @@ impl Hypervisor for Qemu {
     }
 
     fn remember(&self) -> Result<Memory> {
-        let helpers = &self.known;
-        let own = Own {
-            run_dir: self.run_dir.clone(),
-            machine_type: self.slots.machine_type(),
-            devices: self.slots.devices(),
-            sizes: self.sizes.known(),
-            unsaveable: self.unsaveable.clone(),
-            helpers: helpers.clone(),
-        };
-        Ok(Memory {
-            process: self.process.known()?,
-            console_log: self.console_log.clone(),
-            own: serde_json::to_value(own).expect("paths of requests are UTF-8"),
-        })
+        adoption::remember(self)
     }
 
     async fn adopt(state_dir: &Path, memory: Memory) -> Result<Adopted<Self>> {
-        let own: Own = memory.own()?;
-        let process = Process::adopt(&memory.process)?;
-        let sockets = Sockets::in_dir(state_dir);
-        let qmp = Qmp::over("QEMU", connect(&sockets.qmp).await?);
-        qmp.negotiate().await?;
-        let console = Console::adopt(connect(&sockets.console).await?, memory.console_log.as_deref())?;
-        let mut helpers = Helpers::default();
-        for (tag, known) in &own.helpers.file_servers {
-            helpers.file_servers.push(Virtiofsd::adopt(tag, known)?);
-        }
-        if let Some((socket, known)) = &own.helpers.vsock {
-            helpers.vsock = Some(VsockServer::adopt(socket, known)?);
-        }
-        let status = qmp.execute("query-status", json!({})).await?;
-        let state = match status["status"].as_str() {
-            Some("prelaunch" | "inmigrate") => VmState::CREATED,
-            Some("paused") => VmState::PAUSED,
-            _ => VmState::RUNNING,
-        };
-        let hypervisor = Self {
-            process,
-            qmp,
-            console,
-            helpers: Mutex::new(helpers),
-            slots: Slots::adopt(own.machine_type, own.devices),
-            sizes: Sizes::adopt(own.machine_type, own.sizes),
-            run_dir: own.run_dir,
-            unsaveable: own.unsaveable,
-            known: own.helpers,
-            sockets: Some(sockets),
-            console_log: memory.console_log,
-        };
-        Ok(Adopted { hypervisor, state })
+        adoption::adopt(state_dir, memory).await
     }
 
     async fn metrics(&self) -> Result<String> {
-        let size = self.sizes.now();
         let mut metrics = metrics::Metrics::default();
-        metrics.number(metrics::MEMORY, size.memory_mib << 20);
-        metrics.number(metrics::VCPUS, size.vcpus.into());
+        metrics.size(self.sizes.now());
         Ok(metrics.text())
     }
 }
@@ -476,47 +385,11 @@ async fn did_not_start(process: &Process, ended: &Ended, helpers: &Helpers) -> E
     Error::Hypervisor(helper.unwrap_or_else(|_| format!("QEMU did not start: {}", process.describe(ended))))
 }
 
-impl Helpers {
-    /// Answers with the words of the first that fails; never when none does.
-    async fn failed(&self) -> String {
-        let vsock = async {
-            match &self.vsock {
-                Some(vsock) => vsock.failed().await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            helper = any_failed(&self.file_servers) => helper,
-            helper = vsock => helper,
-        }
-    }
-
-    fn known(&self) -> Result<KnownHelpers> {
-        Ok(KnownHelpers {
-            file_servers: self.file_servers.iter().map(Virtiofsd::known).collect::<Result<_>>()?,
-            vsock: self.vsock.as_ref().map(VsockServer::known).transpose()?.flatten(),
-        })
-    }
-
-    async fn end(self) {
-        for file_server in self.file_servers {
-            file_server.end().await;
-        }
-        if let Some(vsock) = self.vsock {
-            vsock.end().await;
-        }
-    }
-}
-
 /// Our end of a connection that waits for QEMU.
 fn ours(connection: OwnedFd) -> Result<UnixStream> {
     let connection = StdUnixStream::from(connection);
     let stream = connection.set_nonblocking(true).and_then(|()| UnixStream::from_std(connection));
     stream.map_err(Error::host("use a socket of this program itself"))
-}
-
-async fn connect(socket: &Path) -> Result<UnixStream> {
-    UnixStream::connect(socket).await.map_err(Error::host(format!("connect to QEMU's {}", socket.display())))
 }
 
 impl Qemu {

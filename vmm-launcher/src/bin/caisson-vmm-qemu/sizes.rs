@@ -1,10 +1,17 @@
 //! More and fewer processors and memory while the VM runs: ACPI's processor hotplug, `docs/system/cpu-hotplug.rst` of QEMU,
 //! and virtio-mem, virtio 1.2 §5.15.
 
-use std::{sync::Mutex, time::Duration};
+use std::{
+    sync::{Mutex, MutexGuard},
+    time::Duration,
+};
 
 use caisson_protocol::vmm::VmConfig;
-use caisson_vmm_launcher::{Error, Result, huge_pages, qmp::Qmp};
+use caisson_vmm_launcher::{
+    Error, Result, huge_pages,
+    qmp::Qmp,
+    size::{Size, Sizes as Known},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::{
@@ -31,65 +38,46 @@ const MICROVM: &str = "QEMU's microvm keeps the size that it was made with; mach
 pub struct Sizes {
     machine_type: MachineType,
     huge_pages: bool,
-    /// What the VM was made with.
-    first: Size,
-    most: Size,
-    now: Mutex<Size>,
-}
-
-/// How big a VM is.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
-pub struct Size {
-    pub vcpus: u32,
-    pub memory_mib: u64,
+    known: Mutex<Known>,
 }
 
 /// What another launcher needs to know of them.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct KnownSizes {
     huge_pages: bool,
-    first: Size,
-    most: Size,
-    now: Size,
+    sizes: Known,
 }
 
 impl Sizes {
     /// Those of a new `vm`.
     pub fn of(vm: &VmConfig, machine_type: MachineType) -> Self {
-        let first = Size { vcpus: vm.vcpus, memory_mib: vm.memory_mib };
-        let most = Size { vcpus: vm.vcpus.max(vm.max_vcpus), memory_mib: vm.memory_mib.max(vm.max_memory_mib) };
-        Self { machine_type, huge_pages: vm.huge_pages, first, most, now: Mutex::new(first) }
+        Self { machine_type, huge_pages: vm.huge_pages, known: Mutex::new(Known::of(vm)) }
     }
 
     /// Those of an adopted VM.
     pub fn adopt(machine_type: MachineType, known: KnownSizes) -> Self {
-        let KnownSizes { huge_pages, first, most, now } = known;
-        Self { machine_type, huge_pages, first, most, now: Mutex::new(now) }
+        Self { machine_type, huge_pages: known.huge_pages, known: Mutex::new(known.sizes) }
     }
 
     /// For another launcher.
     pub fn known(&self) -> KnownSizes {
-        KnownSizes { huge_pages: self.huge_pages, first: self.first, most: self.most, now: self.now() }
+        KnownSizes { huge_pages: self.huge_pages, sizes: *self.lock() }
     }
 
     pub fn now(&self) -> Size {
-        *self.now.lock().expect("nobody panics with the sizes")
+        self.lock().now
     }
 
     /// Whether it is as big as it was made.
     pub fn are_the_first(&self) -> bool {
-        self.now() == self.first
+        let sizes = self.lock();
+        sizes.now == sizes.first
     }
 
     /// Plugs or unplugs processors, and answers how many there are.
     pub async fn resize_vcpus(&self, wanted: u32, qmp: &Qmp) -> Result<u32> {
-        let (least, most) = (self.first.vcpus, self.most.vcpus);
         self.resizable()?;
-        if !(least..=most).contains(&wanted) {
-            return Err(Error::Invalid(format!(
-                "{wanted} vCPUs cannot be had while the VM runs: {least} to {most}, which its max_vcpus says"
-            )));
-        }
+        self.lock().can_have_vcpus(wanted)?;
         let processors = processors(&qmp.execute("query-hotpluggable-cpus", json!({})).await?);
         let present = processors.iter().filter(|processor| processor.is_present).count() as u32;
         let changed = if wanted > present {
@@ -102,26 +90,22 @@ impl Sizes {
             Err((done, error)) if wanted > present => (present + done, Err(error)),
             Err((done, error)) => (present - done, Err(error)),
         };
-        self.now.lock().expect("nobody panics with the sizes").vcpus = count;
+        self.lock().now.vcpus = count;
         result
     }
 
     /// Gives or takes memory, and answers how much there is. The guest has to play along.
     pub async fn resize_memory(&self, wanted_mib: u64, qmp: &Qmp) -> Result<u64> {
-        let (least, most) = (self.first.memory_mib, self.most.memory_mib);
         self.resizable()?;
-        if !(least..=most).contains(&wanted_mib) {
-            return Err(Error::Invalid(format!(
-                "{wanted_mib} MiB of memory cannot be had while the VM runs: {least} to {most}, which its \
-                 max_memory_mib says"
-            )));
-        }
+        let Known { first, most, now } = *self.lock();
+        self.lock().can_have_memory(wanted_mib)?;
+        let (least, most, now) = (first.memory_mib, most.memory_mib, now.memory_mib);
         if most == least {
             return Ok(least);
         }
         let more_mib = (wanted_mib - least).next_multiple_of(MEMORY_BLOCK_MIB).min(room_mib(least, most));
         if self.huge_pages {
-            huge_pages::can_take((least + more_mib).saturating_sub(self.now().memory_mib))?;
+            huge_pages::can_take((least + more_mib).saturating_sub(now))?;
         }
         let mut events = qmp.events();
         request_memory(more_mib << 20, qmp).await?;
@@ -133,7 +117,7 @@ impl Sizes {
         };
         let reached = timeout(DEADLINE, reached).await;
         let plugged_mib = plugged(qmp).await? >> 20;
-        self.now.lock().expect("nobody panics with the sizes").memory_mib = least + plugged_mib;
+        self.lock().now.memory_mib = least + plugged_mib;
         match reached {
             Ok(Ok(())) => Ok(least + plugged_mib),
             Ok(Err(error)) => Err(error),
@@ -146,6 +130,10 @@ impl Sizes {
                 )))
             }
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().expect("nobody panics with the sizes")
     }
 
     fn resizable(&self) -> Result<()> {

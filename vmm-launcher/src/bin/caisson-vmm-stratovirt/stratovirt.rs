@@ -26,6 +26,7 @@ use caisson_vmm_launcher::{
     process::{Ended, Process, Streams},
     qmp::Qmp,
     request,
+    size::Size,
     virtiofsd::{Virtiofsd, any_failed},
     vm::exit,
 };
@@ -84,8 +85,7 @@ pub struct StratoVirt {
 /// What another launcher needs to know that does not change.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 struct Constant {
-    memory_mib: u64,
-    vcpus: u32,
+    size: Size,
     /// Whether it is confined by its system call filter.
     filtered: bool,
     console_log: Option<PathBuf>,
@@ -245,8 +245,7 @@ impl Hypervisor for StratoVirt {
     /// It answers questions for its statistics with zeros: what is known is known without it.
     async fn metrics(&self) -> Result<String> {
         let mut known = metrics::Metrics::default();
-        known.number(metrics::MEMORY, self.constant.memory_mib << 20);
-        known.number(metrics::VCPUS, self.constant.vcpus.into());
+        known.size(self.constant.size);
         Ok(known.text())
     }
 }
@@ -359,8 +358,7 @@ impl<'a> Plan<'a> {
                 info!(pid = process.pid(), "StratoVirt started");
                 let longer = self.lifetime.is_longer();
                 let constant = Constant {
-                    memory_mib: vm.memory_mib,
-                    vcpus: vm.vcpus,
+                    size: Size::of(vm),
                     filtered: options.seccomp,
                     console_log: log.map(Path::to_owned),
                     protocol,
