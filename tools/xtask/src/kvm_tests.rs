@@ -152,7 +152,7 @@ impl Batch {
 }
 
 const BATCHES: [Batch; 22] = [
-    Batch::suite("every launcher: devices", "binary(launcher) and test(/^devices::/)"),
+    Batch::suite("every launcher: devices", "binary(launcher) and test(/^(devices|vfio)::/)"),
     Batch::suite("every launcher: shared directories", "binary(launcher) and test(/^integrity::.*_share_/)"),
     Batch::suite("every launcher: vsock", "binary(launcher) and test(/^integrity::.*::vsock_/)"),
     Batch::suite("every launcher: disks", "binary(launcher) and test(/^disks::/)"),

@@ -16,8 +16,9 @@ use super::{child::ChildGuard, image::Image, share::Share};
 const PROCESSOR: &str =
     "EPYC,+svm,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,-xsavec";
 const PLATFORM: &str = "q35,memory-backend=memory,smbus=off,sata=off,usb=off,vmport=off";
-/// What lets it give devices away; it is Intel's, which Linux takes beside any processor.
-const IOMMU: &str = "intel-iommu,intremap=on";
+/// What lets it give devices away; it is Intel's, which Linux takes beside any processor. Guests' devices may have their
+/// registers anywhere in 48 bits.
+const IOMMU: &str = "intel-iommu,intremap=on,aw-bits=48";
 /// A panic ends the machine. On a busy machine, the watchdog may distrust the emulated time stamp counter, and KVM then gives
 /// guests a poorer clock.
 const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable intel_iommu=on iommu=pt";

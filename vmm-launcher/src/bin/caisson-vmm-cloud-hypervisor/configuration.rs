@@ -19,6 +19,8 @@ use crate::{
 const ALWAYS: &str = "console=ttyS0 quiet panic=-1 random.trust_cpu=on 8250.nr_uarts=1 cryptomgr.notests";
 /// Memory that is added while the guest runs is used at once, and can be taken away again.
 const ONLINE: &str = "memhp_default_state=online_movable";
+/// What memory that is added later is a multiple of: `VIRTIO_MEM_ALIGN_SIZE`.
+const MEMORY_BLOCK_MIB: u64 = 128;
 /// `DEFAULT_FS_QUEUE_SIZE`.
 const FS_QUEUE_SIZE: u32 = 1024;
 
@@ -51,7 +53,8 @@ impl Configuration {
         }
         if vm.max_memory_mib > vm.memory_mib {
             body["memory"]["hotplug_method"] = "VirtioMem".into();
-            body["memory"]["hotplug_size"] = ((vm.max_memory_mib - vm.memory_mib) << 20).into();
+            let more_mib = (vm.max_memory_mib - vm.memory_mib).next_multiple_of(MEMORY_BLOCK_MIB);
+            body["memory"]["hotplug_size"] = (more_mib << 20).into();
         }
         if !vm.initrd.is_empty() {
             body["payload"]["initramfs"] = INITRD.into();
@@ -243,7 +246,7 @@ mod tests {
 
     #[test]
     fn more_memory_can_come_as_virtio_mem() {
-        let vm = VmConfig { max_memory_mib: 512, ..with(Vec::new()) };
+        let vm = VmConfig { max_memory_mib: 500, ..with(Vec::new()) };
         let body = of(&vm).unwrap().body;
         assert_eq!(body["memory"]["hotplug_method"], "VirtioMem");
         assert_eq!(body["memory"]["hotplug_size"], 256 << 20);
