@@ -68,6 +68,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Guest {
     let mut guest =
         Guest { console: String::new(), monitor: String::new(), bootargs: String::new(), disks: HashMap::new() };
     let mut slots = HashMap::new();
+    let mut configured = Vec::new();
     let mut name = None;
     while let Some(flag) = arguments.next() {
         if flag == "-v" {
@@ -89,7 +90,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Guest {
             "--iasl" => file("iasl", &value()),
             "-B" => guest.bootargs = bootargs(value()),
             "-l" => guest.console = uart(&value()),
-            "-s" => slot(&value(), &mut slots, &mut guest.disks),
+            "-s" => configured.push(slot(&value(), &mut slots)),
             "--cmd_monitor" => guest.monitor = value(),
             "--cpu_affinity" => affinity(&value()),
             _ => usage(&flag),
@@ -103,6 +104,9 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Guest {
         if !slots.values().any(|device| device == needed) {
             refuse(&format!("there is no {needed}"));
         }
+    }
+    for device in configured {
+        init(&device, &mut guest.disks);
     }
     guest
 }
@@ -140,7 +144,14 @@ fn affinity(text: &str) {
     }
 }
 
-fn slot(text: &str, slots: &mut HashMap<u32, String>, disks: &mut HashMap<u32, Option<String>>) {
+/// A device in its slot, whose configuration is looked at only when the guest is made.
+struct Slot {
+    number: u32,
+    device: String,
+    config: Option<String>,
+}
+
+fn slot(text: &str, slots: &mut HashMap<u32, String>) -> Slot {
     let mut words = text.splitn(3, ',');
     let (place, device, config) = (words.next().unwrap_or_default(), words.next(), words.next());
     let number = place.split(':').next().and_then(|number| number.parse::<u32>().ok());
@@ -148,18 +159,25 @@ fn slot(text: &str, slots: &mut HashMap<u32, String>, disks: &mut HashMap<u32, O
         refuse(&format!("Invalid PCI slot info field \"{text}\""));
     };
     if slots.insert(number, device.to_owned()).is_some() {
-        refuse(&format!("pci slot 0:{number} already occupied!"));
+        refuse(&format!("pci slot {number}:0 already occupied!"));
     }
-    match (device, config) {
+    if !["hostbridge", "lpc", "virtio-rnd", "virtio-blk", "virtio-net", "vhost-vsock"].contains(&device) {
+        refuse(&format!("pci slot {number}:0: unknown device \"{device}\""));
+    }
+    Slot { number, device: device.to_owned(), config: config.map(str::to_owned) }
+}
+
+fn init(slot: &Slot, disks: &mut HashMap<u32, Option<String>>) {
+    match (slot.device.as_str(), slot.config.as_deref()) {
         ("hostbridge" | "lpc" | "virtio-rnd", _) => {}
-        ("virtio-blk", Some("nodisk")) => drop(disks.insert(number, None)),
+        ("virtio-blk", Some("nodisk")) => drop(disks.insert(slot.number, None)),
         ("virtio-blk", Some(image)) => {
             disk(image).unwrap_or_else(|error| refuse(&error));
-            disks.insert(number, Some(image.to_owned()));
+            disks.insert(slot.number, Some(image.to_owned()));
         }
         ("virtio-net", Some(config)) if config.starts_with("tap=") => {}
         ("vhost-vsock", Some(config)) if config.starts_with("cid=") => {}
-        _ => refuse(&format!("pci slot 0:{number}: unknown device \"{device}\"")),
+        (device, _) => refuse(&format!("pci {device} init failed")),
     }
 }
 

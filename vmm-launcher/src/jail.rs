@@ -128,7 +128,7 @@ impl Jail {
         for directory in LIBRARIES.iter().filter(|directory| Path::new(directory).is_dir()) {
             self.show(*directory, *directory, false);
         }
-        let inside = Path::new("/").join(program.file_name().unwrap_or_default());
+        let inside = inside(program);
         self.show(program, &inside, false);
         let lifetime = self.lifetime.clone();
         self.parent = (!lifetime.is_longer()).then(|| getpid().as_raw());
@@ -139,6 +139,11 @@ impl Jail {
         let process = Process::start_with(Path::new("/proc/self/exe"), &order, descriptors, streams, &lifetime)?;
         Ok(process.becomes(program))
     }
+}
+
+/// Where a jailed `program` sees itself.
+pub fn inside(program: &Path) -> PathBuf {
+    Path::new("/").join(program.file_name().unwrap_or_default())
 }
 
 /// Shows `outside` to a process in a jail that runs already.

@@ -15,6 +15,8 @@ pub mod vm;
 pub mod options;
 pub mod request;
 
+pub mod ability;
+pub mod ask;
 pub mod block_driver;
 pub mod console;
 pub mod guest_vsock;

@@ -75,16 +75,20 @@ impl Ended {
         Ok(Some(Self { status: status_of_ended(known.id()), stderr: String::new() }))
     }
 
-    /// In words for people, of the process `pid` that executed `program`.
-    pub(crate) fn words(&self, program: &Path, pid: u32) -> String {
+    /// In words for people that follow a name: "exited with status 1: its last words".
+    pub fn how(&self) -> String {
         let how = match self.status.map(|status| (status.code(), status.signal())) {
             Some((Some(code), _)) => format!("exited with status {code}"),
             Some((None, Some(signal))) => format!("was killed by {}", signal_name(signal)),
             Some((None, None)) => "ended".to_owned(),
             None => "ended, and how is known only to its parent".to_owned(),
         };
-        let words = if self.stderr.is_empty() { String::new() } else { format!(": {}", self.stderr) };
-        format!("{} (pid {pid}) {how}{words}", program.display())
+        if self.stderr.is_empty() { how } else { format!("{how}: {}", self.stderr) }
+    }
+
+    /// [`Self::how`] of the process `pid` that executed `program`.
+    pub(crate) fn words(&self, program: &Path, pid: u32) -> String {
+        format!("{} (pid {pid}) {}", program.display(), self.how())
     }
 }
 
@@ -187,6 +191,11 @@ impl Process {
     /// The same child, called by the name of the program that it executes next.
     pub(crate) fn becomes(self, program: &Path) -> Self {
         Self { program: program.to_owned(), ..self }
+    }
+
+    /// What it executed.
+    pub fn program(&self) -> &Path {
+        &self.program
     }
 
     /// On the host.

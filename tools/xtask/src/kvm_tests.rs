@@ -160,8 +160,8 @@ const BATCHES: [Batch; 22] = [
     Batch::suite("every launcher: several processors", "binary(launcher)").with_several_processors(),
     // What is typed at other hypervisors' serial ports has not always reached a guest in the emulated machine.
     Batch::suite(
-        "every launcher: adoption, refusals and terminals",
-        "binary(launcher) and test(/^(adoption|refusals|terminal)::/) and \
+        "every launcher: adoption, capabilities, refusals and terminals",
+        "binary(launcher) and test(/^(adoption|capabilities|refusals|terminal)::/) and \
          not (test(/::a_guest_in_a_pipe/) and not test(/::(builtin|qemu)::/))",
     ),
     Batch::suite("built-in VMM: a hundred VMs", "binary(launcher) and test(/^cycles::/)"),

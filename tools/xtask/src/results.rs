@@ -12,6 +12,7 @@ use comfy_table::{Table, presets};
 
 /// Rows of the table, in order, with how the paths of their tests begin. The first that fits takes a test.
 const OPERATIONS: &[(&str, &[&str])] = &[
+    ("what it can do, asked of itself", &["capabilities::"]),
     ("boot, power off", &["life::a_guest_that_powers", "life::a_guest_has", "terminal::a_guest_in_a_pipe"]),
     ("reboot", &["life::a_guest_that_reboots"]),
     ("guest panic", &["life::a_panic", "terminal::a_guest_that_panics"]),

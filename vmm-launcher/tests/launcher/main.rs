@@ -10,6 +10,7 @@ mod pattern;
 
 mod adoption;
 mod balloon;
+mod capabilities;
 mod cycles;
 mod devices;
 mod disks;

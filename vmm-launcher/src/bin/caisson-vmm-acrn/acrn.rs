@@ -4,9 +4,7 @@ use std::{
     io::Write,
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
-    process::Stdio,
     sync::Mutex,
-    time::Duration,
 };
 
 use caisson_protocol::vmm::{
@@ -14,6 +12,7 @@ use caisson_protocol::vmm::{
 };
 use caisson_vmm_launcher::{
     Error, Result,
+    ability::never,
     block_driver::Bus,
     console::{Audience, Console},
     guest_vsock::GuestVsock,
@@ -24,22 +23,21 @@ use caisson_vmm_launcher::{
     request,
     vm::exit,
 };
-use tokio::{process::Command, time::timeout};
 use tracing::{debug, info};
 
 use crate::{
     command_line::{self, CommandLine},
     monitor::Monitor,
     options::{DOCS, Options},
+    probe,
     pty::Pty,
 };
 
-const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 /// `CONFIG_MAX_VM_NUM` and the scenario decide in the end.
 const MAX_VCPUS: u32 = 64;
 /// The hypervisor's own device, `drivers/virt/acrn/hsm.c`.
 const HSM: &str = "/dev/acrn_hsm";
-/// For `Capabilities`.
+/// For `Capabilities`, whatever acrn-dm has.
 const MISSING: &[(&str, &str)] = &[
     ("fs", "acrn-dm has no virtio-fs"),
     ("pmem", "acrn-dm has no persistent memory"),
@@ -85,22 +83,21 @@ impl Hypervisor for Acrn {
     }
 
     async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
-        let version = version(path).await?;
+        let version = probe::version(path).await?;
         if !Path::new(HSM).exists() {
             return Err(Error::Unsupported(format!(
                 "there is no {HSM}: this machine is not the Service VM of an ACRN hypervisor"
             )));
         }
-        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
-        Ok(CapabilitiesResponse {
+        let mut able = CapabilitiesResponse {
             version,
-            devices: words(&["block", "net", "vsock", "rng", "console"]),
-            hotplug: words(&["block"]),
             accelerator: "acrn".into(),
             accelerator_reason: format!("{HSM} is there"),
-            missing: MISSING.iter().map(|(what, why)| ((*what).to_owned(), (*why).to_owned())).collect(),
             ..Default::default()
-        })
+        };
+        never(MISSING, &mut able);
+        probe::devices(path, &mut able).await?;
+        Ok(able)
     }
 
     async fn create(request: &CreateRequest, audience: Audience) -> Result<Created<Self>> {
@@ -231,19 +228,5 @@ fn add(device: &Device, run_dir: &Path, line: &mut CommandLine, vhost: &mut Opti
         // The first serial port, which every guest has.
         Kind::Console(_) => Ok(String::new()),
         other => Err(Error::Unsupported(format!("a {} device is not supported with acrn", request::kind_name(other)))),
-    }
-}
-
-/// What `acrn-dm -v` says: "DM: <version> (tag: …) build by …".
-async fn version(path: &Path) -> Result<String> {
-    let run = Command::new(path).arg("-v").stdin(Stdio::null()).kill_on_drop(true).output();
-    let output = timeout(VERSION_DEADLINE, run)
-        .await
-        .map_err(|_| Error::Hypervisor(format!("{} -v does not end", path.display())))?
-        .map_err(Error::host(format!("execute {}", path.display())))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    match text.lines().find_map(|line| line.strip_prefix("DM: ")) {
-        Some(version) => Ok(version.split(" build by ").next().unwrap_or(version).to_owned()),
-        None => Err(Error::Invalid(format!("{} is not acrn-dm: -v does not say so", path.display()))),
     }
 }

@@ -7,6 +7,7 @@ mod acrn;
 mod command_line;
 mod monitor;
 mod options;
+mod probe;
 mod pty;
 
 use std::process::ExitCode;

@@ -3,10 +3,7 @@
 use std::{
     collections::HashMap,
     fs,
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::net::UnixStream as StdUnixStream,
-    },
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard},
     time::{Duration, Instant},
@@ -18,6 +15,7 @@ use caisson_protocol::vmm::{
 };
 use caisson_vmm_launcher::{
     Error, Result,
+    ability::never,
     block_driver::Bus,
     console::{self, Audience, Console},
     hypervisor::{Adopted, Created, Hypervisor},
@@ -28,7 +26,6 @@ use caisson_vmm_launcher::{
     process::{Ended, Process, Streams},
     request,
     size::Sizes,
-    vfio,
     virtiofsd::{Virtiofsd, any_failed, connected_listener, named_listener},
     vm::exit,
 };
@@ -44,7 +41,7 @@ use crate::{
     hotplug::{Attached, Host, KnownHostSide},
     layout::{API, RunDir, SERIAL, SNAPSHOT},
     options::{DOCS, Landlock, Options},
-    version,
+    probe,
 };
 
 /// How much later than it refuses something Cloud Hypervisor may end because of that.
@@ -53,6 +50,12 @@ const END_AFTER_REFUSAL: Duration = Duration::from_millis(100);
 const MAX_VCPUS: u32 = 254;
 /// The rights that Cloud Hypervisor asks for came with Linux 6.2.
 const LANDLOCK_VERSION: u32 = 3;
+
+/// For `Capabilities`, whatever Cloud Hypervisor has.
+const MISSING: &[(&str, &str)] = &[
+    ("tdx", "the launcher starts no confidential guests yet"),
+    ("sev-snp", "the launcher starts no confidential guests yet"),
+];
 
 /// A running Cloud Hypervisor.
 pub struct CloudHypervisor {
@@ -101,26 +104,15 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
-        let version = version::of(path).await?;
-        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
-        let mut able = CapabilitiesResponse {
-            version,
-            devices: words(&["block", "net", "vsock", "fs", "pmem", "balloon", "rng", "console"]),
-            hotplug: words(&["block", "net", "fs", "pmem"]),
-            operations: words(&["pause", "snapshot", "resize-vcpus", "resize-memory"]),
-            ..Default::default()
-        };
-        match vfio::available() {
-            Ok(()) => {
-                able.devices.push("vfio".into());
-                able.hotplug.push("vfio".into());
-            }
-            Err(why) => drop(able.missing.insert("vfio".into(), why)),
-        }
-        able.missing.insert("tdx".into(), "Cloud Hypervisor has given it up".into());
-        able.missing.insert("sev-snp".into(), "the launcher gives the guest no measured image yet".into());
+        let mut able = CapabilitiesResponse { version: probe::version(path).await?, ..Default::default() };
+        never(MISSING, &mut able);
+        probe::devices(path, &mut able).await?;
         match kvm::probe_aside().await {
-            Ok(()) => (able.accelerator, able.accelerator_reason) = ("kvm".into(), "/dev/kvm runs guests".into()),
+            Ok(()) => {
+                (able.accelerator, able.accelerator_reason) = ("kvm".into(), "/dev/kvm runs guests".into());
+                probe::operations(path, &mut able).await?;
+            }
+            // It does not start without, and cannot be asked for more.
             Err(why) => able.accelerator_reason = format!("Cloud Hypervisor needs KVM: {why}"),
         }
         Ok(able)
@@ -348,9 +340,6 @@ async fn start(request: &CreateRequest, vm: &VmConfig, options: &Options, mut ja
         false => connected_listener(&run_dir.path(API))?,
     };
     let listener = OwnedFd::from(listener);
-    let connection = StdUnixStream::from(connection);
-    let stream = connection.set_nonblocking(true).and_then(|()| UnixStream::from_std(connection));
-    let stream = stream.map_err(Error::host("use a socket of this program itself"))?;
     let (events, monitor) = Events::pipe().map_err(Error::host("make a pipe for events"))?;
     let known = Constant {
         run_dir: request.run_dir.clone().into(),
@@ -370,7 +359,7 @@ async fn start(request: &CreateRequest, vm: &VmConfig, options: &Options, mut ja
     debug!(?arguments, "starting Cloud Hypervisor");
     let program = Path::new(&vm.hypervisor_path);
     let process = jail.start(program, &arguments, vec![listener, monitor], Streams::none())?;
-    let api = Api::over(stream).await?;
+    let api = Api::on(connection).await?;
     let started_up = Started { process, api, events, file_servers, run_dir, lifetime, known };
     let answered = tokio::select! {
         // What ended explains why nothing answers.

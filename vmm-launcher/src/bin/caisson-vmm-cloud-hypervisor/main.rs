@@ -10,7 +10,7 @@ mod events;
 mod hotplug;
 mod layout;
 mod options;
-mod version;
+mod probe;
 
 use std::process::ExitCode;
 

@@ -16,6 +16,7 @@ use caisson_protocol::vmm::{
 };
 use caisson_vmm_launcher::{
     Error, Result,
+    ability::never,
     console::{self, Audience, Console},
     hypervisor::{Adopted, Created, Hypervisor},
     jail::{self, Jail},
@@ -42,8 +43,9 @@ use crate::{
     log::Log,
     metrics::Counters,
     options::{DOCS, NEEDS, Options},
+    probe,
     stdin::Input,
-    version::{self, Version, WITH_BZIMAGE, WITH_PMEM},
+    version::{self, Version, WITH_BZIMAGE},
 };
 
 /// Firecracker is ready in some milliseconds, unless the host is very busy.
@@ -58,6 +60,16 @@ const CONSOLE_BYTES: usize = 1 << 18;
 const STDOUT: i32 = 1;
 /// Firecracker's exit status after a system call that its seccomp filters forbid.
 const BAD_SYSCALL: i32 = 148;
+
+/// For `Capabilities`, whatever Firecracker has.
+const MISSING: &[(&str, &str)] = &[
+    ("fs", "Firecracker has no virtio-fs"),
+    ("vfio", "Firecracker passes no devices of the host to guests"),
+    ("net-hotplug", "the launcher gives Firecracker's guests only disks while they run"),
+    ("resize-vcpus", "Firecracker's vCPUs are fixed"),
+    ("tdx", "Firecracker has no confidential guests"),
+    ("sev-snp", "Firecracker has no confidential guests"),
+];
 
 /// A running Firecracker.
 pub struct Firecracker {
@@ -95,11 +107,10 @@ impl Hypervisor for Firecracker {
     }
 
     async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
-        let (version, word) = version::of(path).await?;
-        let kvm = kvm::probe_aside().await;
-        let mut able = able(version);
-        able.version = word;
-        match kvm {
+        let version = version::of(path).await?;
+        let mut able = probe::ask(path, &version).await?;
+        never(MISSING, &mut able);
+        match kvm::probe_aside().await {
             Ok(()) => (able.accelerator, able.accelerator_reason) = ("kvm".into(), "/dev/kvm runs guests".into()),
             Err(why) => able.accelerator_reason = format!("Firecracker needs KVM: {why}"),
         }
@@ -112,9 +123,13 @@ impl Hypervisor for Firecracker {
         options.block_device_driver.check(options.bus())?;
         let run_dir = Path::new(&request.run_dir);
         let configuration = Configuration::of(vm, &options, run_dir)?;
-        check_kernel(vm).await?;
+        let format = kernel::format(Path::new(&vm.kernel))?;
         let firecracker = start(request, vm, &options, audience, Jail::default()).await?;
-        let configured = firecracker.api.configure(&configuration.calls).await;
+        let configured = async {
+            check_kernel(&vm.kernel, format, &firecracker.api).await?;
+            firecracker.api.configure(&configuration.calls).await
+        };
+        let configured = configured.await;
         firecracker.made(configured, configuration.devices).await
     }
 
@@ -394,19 +409,18 @@ fn describe_end(process: &Process, ended: &Ended, log: &Log) -> String {
 }
 
 /// # Errors
-/// When Firecracker as it is installed cannot boot this format.
-async fn check_kernel(vm: &VmConfig) -> Result<()> {
-    if kernel::format(Path::new(&vm.kernel))? == KernelFormat::Elf {
+/// When this Firecracker cannot boot a `kernel` of this format.
+async fn check_kernel(kernel: &str, format: KernelFormat, api: &Api) -> Result<()> {
+    if format == KernelFormat::Elf {
         return Ok(());
     }
-    let (version, word) = version::of(Path::new(&vm.hypervisor_path)).await?;
-    if version >= WITH_BZIMAGE {
+    let word = api.version().await?;
+    if Version::parse(&word).is_some_and(|version| version >= WITH_BZIMAGE) {
         return Ok(());
     }
     Err(Error::Invalid(format!(
-        "the guest kernel {} is a bzImage, which Firecracker {word} cannot boot: give it an ELF vmlinux, or use \
-         Firecracker {WITH_BZIMAGE} or newer",
-        vm.kernel
+        "the guest kernel {kernel} is a bzImage, which Firecracker {word} cannot boot: give it an ELF vmlinux, or use \
+         Firecracker {WITH_BZIMAGE} or newer"
     )))
 }
 
@@ -421,32 +435,4 @@ fn taps(vm: &VmConfig) -> Vec<(String, String)> {
         _ => None,
     });
     taps.collect()
-}
-
-/// What a Firecracker of this version can do.
-fn able(version: Version) -> CapabilitiesResponse {
-    let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
-    let mut able = CapabilitiesResponse {
-        devices: words(&["block", "net", "vsock", "balloon", "rng", "console"]),
-        hotplug: words(&["block"]),
-        operations: words(&["pause", "snapshot"]),
-        ..Default::default()
-    };
-    let mut missing = vec![
-        ("fs", "Firecracker has no virtio-fs".to_owned()),
-        ("vfio", "Firecracker passes no devices of the host to guests".into()),
-        ("net-hotplug", "Firecracker takes only disks while the guest runs".into()),
-        ("resize-vcpus", "Firecracker's vCPUs are fixed".into()),
-        ("tdx", "Firecracker has no confidential guests".into()),
-        ("sev-snp", "Firecracker has no confidential guests".into()),
-    ];
-    if version >= WITH_PMEM {
-        able.devices.push("pmem".into());
-        able.operations.push("resize-memory".into());
-    } else {
-        let why = format!("Firecracker {version} is too old: {WITH_PMEM} or newer has it");
-        missing.extend([("pmem", why.clone()), ("resize-memory", why)]);
-    }
-    able.missing = missing.into_iter().map(|(what, why)| (what.to_owned(), why)).collect();
-    able
 }

@@ -6,7 +6,12 @@ use std::{
 };
 
 use caisson_vmm_launcher::{Error, Result, tail::Tail};
-use tokio::{io::AsyncReadExt, net::UnixStream, sync::watch, task::AbortHandle};
+use tokio::{
+    io::AsyncReadExt,
+    net::{UnixStream, unix::pipe::Receiver},
+    sync::watch,
+    task::AbortHandle,
+};
 
 use crate::layout::open_pipe;
 
@@ -25,7 +30,11 @@ impl Log {
     /// When it cannot be opened.
     pub fn read(path: &Path) -> Result<Self> {
         let pipe = open_pipe(path);
-        let mut pipe = pipe.map_err(Error::host(format!("open {}", path.display())))?;
+        Ok(Self::over(pipe.map_err(Error::host(format!("open {}", path.display())))?))
+    }
+
+    /// Reads from `pipe`.
+    pub fn over(mut pipe: Receiver) -> Self {
         let tail = Arc::new(Mutex::new(Tail::default()));
         let (tell, grown) = watch::channel(());
         let kept = tail.clone();
@@ -36,7 +45,7 @@ impl Log {
                 tell.send_replace(());
             }
         });
-        Ok(Self { tail, grown, reader: reader.abort_handle() })
+        Self { tail, grown, reader: reader.abort_handle() }
     }
 
     /// Answers with a connection to Firecracker's API as soon as there can be one. Whoever calls watches Firecracker's

@@ -11,6 +11,7 @@ mod layout;
 mod log;
 mod metrics;
 mod options;
+mod probe;
 mod stdin;
 mod version;
 

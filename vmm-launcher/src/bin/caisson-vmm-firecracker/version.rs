@@ -1,16 +1,11 @@
 //! Which Firecracker it is: what it can do depends on that.
 
-use std::{fmt, path::Path, process::Stdio, time::Duration};
+use std::{fmt, path::Path};
 
-use caisson_vmm_launcher::{Error, Result};
-use tokio::{process::Command, time::timeout};
-
-const DEADLINE: Duration = Duration::from_secs(10);
+use caisson_vmm_launcher::{Error, Result, ask};
 
 /// The oldest whose API has what is sent: serial numbers of disks, `PATCH` of drives, hybrid vsock.
 pub const OLDEST: Version = Version { major: 1, minor: 10 };
-/// The first with `/pmem`, `/hotplug/memory` and the balloon's free page reporting.
-pub const WITH_PMEM: Version = Version { major: 1, minor: 14 };
 /// The first that boots a bzImage.
 pub const WITH_BZIMAGE: Version = Version { major: 1, minor: 17 };
 
@@ -40,21 +35,15 @@ impl fmt::Display for Version {
 ///
 /// # Errors
 /// When it cannot be executed, or is something else or too old.
-pub async fn of(path: &Path) -> Result<(Version, String)> {
-    let run = Command::new(path).arg("--version").stdin(Stdio::null()).kill_on_drop(true).output();
-    let output = timeout(DEADLINE, run)
-        .await
-        .map_err(|_| Error::Hypervisor(format!("{} --version does not end", path.display())))?
-        .map_err(Error::host(format!("execute {}", path.display())))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let word = text.lines().next().and_then(|line| line.strip_prefix("Firecracker v"));
-    match word.and_then(|word| Some((Version::parse(word)?, word.to_owned()))) {
-        Some((version, word)) if version >= OLDEST => Ok((version, word)),
-        Some((_, word)) => Err(Error::Invalid(format!(
+pub async fn of(path: &Path) -> Result<String> {
+    let word = ask::version(path, "--version", "Firecracker", "Firecracker v").await?;
+    match Version::parse(&word) {
+        Some(version) if version >= OLDEST => Ok(word),
+        Some(_) => Err(Error::Invalid(format!(
             "{} is Firecracker {word}, which is too old: {OLDEST} or newer is needed",
             path.display()
         ))),
-        None => Err(Error::Invalid(format!("{} is not Firecracker: --version does not say so", path.display()))),
+        None => Err(Error::Invalid(format!("{} is Firecracker {word}, which is no version", path.display()))),
     }
 }
 
@@ -65,7 +54,7 @@ mod tests {
     #[test]
     fn versions_are_compared_by_their_numbers() {
         assert!(Version::parse("1.17.0-dev") > Version::parse("1.9.1"));
-        assert_eq!(Version::parse("1.14.0").map(|version| version >= WITH_PMEM), Some(true));
+        assert_eq!(Version::parse("1.17.0-dev").map(|version| version >= WITH_BZIMAGE), Some(true));
     }
 
     #[test]

@@ -8,11 +8,14 @@ mod command_line;
 #[cfg(test)]
 mod fake;
 mod options;
+mod probe;
 mod slots;
 mod stratovirt;
 
 use std::process::ExitCode;
 
+use caisson_vmm_launcher::{cli, jail};
+
 fn main() -> ExitCode {
-    caisson_vmm_launcher::cli::main::<stratovirt::StratoVirt>()
+    jail::obey().unwrap_or_else(cli::main::<stratovirt::StratoVirt>)
 }

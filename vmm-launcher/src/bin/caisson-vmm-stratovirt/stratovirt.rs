@@ -2,7 +2,6 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::Stdio,
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering},
@@ -16,6 +15,8 @@ use caisson_protocol::vmm::{
 };
 use caisson_vmm_launcher::{
     Error, Result,
+    ability::never,
+    ask,
     block_driver::Bus,
     console::{Audience, Console},
     guest_vsock::GuestVsock,
@@ -32,19 +33,19 @@ use caisson_vmm_launcher::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use tokio::{net::UnixStream, process::Command, task::spawn_blocking, time::timeout};
+use tokio::{net::UnixStream, task::spawn_blocking, time::timeout};
 use tracing::{debug, info};
 
 use crate::{
     appear::until_exists,
     command_line::CommandLine,
     options::{DOCS, Options},
+    probe,
     slots::{Names, Slots, single_queue},
 };
 
 /// StratoVirt is ready in a tenth of a second, unless the host is very busy.
 const START_DEADLINE: Duration = Duration::from_secs(30);
-const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 /// What `-smp` accepts.
 const MAX_VCPUS: u32 = 254;
 /// The image is the first disk.
@@ -55,7 +56,7 @@ const IMAGE_ID: &str = "image";
 const NO_PAUSE: &str = "StratoVirt's own system call filter ends its microvm when it is paused; seccomp = false in the \
                         configuration does without the filter";
 
-/// For `Capabilities`.
+/// For `Capabilities`, whatever StratoVirt has.
 const MISSING: &[(&str, &str)] = &[
     ("pause", NO_PAUSE),
     ("pmem", "StratoVirt's microvm is given none"),
@@ -116,18 +117,17 @@ impl Hypervisor for StratoVirt {
     }
 
     async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
-        let version = version(path).await?;
+        let version = ask::version(path, "-version", "StratoVirt", "StratoVirt ").await?;
         kvm::require("StratoVirt").await?;
-        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
-        Ok(CapabilitiesResponse {
+        let mut able = CapabilitiesResponse {
             version,
-            devices: words(&["block", "net", "vsock", "fs", "balloon", "rng", "console"]),
-            hotplug: words(&["block", "net"]),
             accelerator: "kvm".into(),
             accelerator_reason: "/dev/kvm runs guests".into(),
-            missing: MISSING.iter().map(|(what, why)| ((*what).to_owned(), (*why).to_owned())).collect(),
             ..Default::default()
-        })
+        };
+        never(MISSING, &mut able);
+        probe::devices(path, &mut able).await?;
+        Ok(able)
     }
 
     async fn create(request: &CreateRequest, audience: Audience) -> Result<Created<Self>> {
@@ -416,18 +416,4 @@ async fn connect(process: &Process, protocol: &Path, serial: &Path) -> Result<(Q
 
 fn did_not_start(process: &Process, ended: &Ended) -> Error {
     Error::Hypervisor(format!("StratoVirt did not start: {}", process.describe(ended)))
-}
-
-/// What `-version` says: "StratoVirt 2.5.0".
-async fn version(path: &Path) -> Result<String> {
-    let run = Command::new(path).arg("-version").stdin(Stdio::null()).kill_on_drop(true).output();
-    let output = timeout(VERSION_DEADLINE, run)
-        .await
-        .map_err(|_| Error::Hypervisor(format!("{} -version does not end", path.display())))?
-        .map_err(Error::host(format!("execute {}", path.display())))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    match text.lines().find_map(|line| line.strip_prefix("StratoVirt ")) {
-        Some(version) => Ok(version.trim().to_owned()),
-        None => Err(Error::Invalid(format!("{} is not StratoVirt: -version does not say so", path.display()))),
-    }
 }

@@ -30,6 +30,8 @@ pub struct Fake {
     memory: u64,
     hotplug_memory: u64,
     shared_memory: bool,
+    /// A request that it has not yet.
+    without: Option<&'static str>,
 }
 
 macro_rules! body {
@@ -80,16 +82,29 @@ type Done = Result<Option<Value>, &'static str>;
 impl Fake {
     /// A connection to one without a VM.
     pub fn serve() -> UnixStream {
-        let mut fake = Self::default();
-        http_server::serve(move |method, path, body| match fake.answer(method, path, body) {
+        Self::default().serve_itself()
+    }
+
+    /// A connection to an old one, which has no request `what`.
+    pub fn serve_without(what: &'static str) -> UnixStream {
+        Self { without: Some(what), ..Self::default() }.serve_itself()
+    }
+
+    fn serve_itself(mut self) -> UnixStream {
+        http_server::serve(move |method, path, body| match self.answer(method, path, body) {
             Ok(None) => (StatusCode::NO_CONTENT, None),
             Ok(answer) => (StatusCode::OK, answer),
+            Err(NOT_FOUND) => (StatusCode::NOT_FOUND, Some(json!([NOT_FOUND]))),
+            Err(BAD_REQUEST) => (StatusCode::BAD_REQUEST, Some(json!([BAD_REQUEST]))),
             Err(cause) => (StatusCode::INTERNAL_SERVER_ERROR, Some(json!(["Error from API", cause]))),
         })
     }
 
     fn answer(&mut self, method: &Method, path: &str, body: Option<Value>) -> Done {
-        let what = path.strip_prefix("/api/v1/").ok_or("no such endpoint")?;
+        let what = path.strip_prefix("/api/v1/").ok_or(NOT_FOUND)?;
+        if self.without == Some(what) {
+            return Err(NOT_FOUND);
+        }
         match (method.as_str(), what, body) {
             ("GET", "vmm.ping", None) => Ok(Some(json!({ "version": "v53.0", "pid": 1, "features": ["kvm"] }))),
             ("PUT", "vm.create", Some(body)) => self.create(read(body)?),
@@ -129,7 +144,8 @@ impl Fake {
                 if self.devices.remove(&remove.id) { Ok(None) } else { Err("unknown device id") }
             }
             ("GET", "vm.counters", None) => self.alive().map(|()| Some(json!({ "root": { "read_bytes": 512 } }))),
-            _ => Err("bad request"),
+            ("PUT" | "GET", known, _) if PUTS.contains(&known) => Err(BAD_REQUEST),
+            _ => Err(NOT_FOUND),
         }
     }
 
@@ -200,6 +216,25 @@ impl Fake {
     }
 }
 
+const NOT_FOUND: &str = "Not Found";
+const BAD_REQUEST: &str = "Bad Request";
+/// Requests that are a `PUT`, with a body or without one, and nothing else.
+const PUTS: &[&str] = &[
+    "vm.create",
+    "vm.boot",
+    "vm.pause",
+    "vm.resume",
+    "vm.power-button",
+    "vm.snapshot",
+    "vm.restore",
+    "vm.resize",
+    "vm.add-disk",
+    "vm.add-net",
+    "vm.add-pmem",
+    "vm.add-fs",
+    "vm.add-device",
+    "vm.remove-device",
+];
 const NOT_SHARED: &str = "Using vhost-user requires using shared memory or huge pages";
 
 fn read<T: for<'a> Deserialize<'a>>(body: Value) -> Result<T, &'static str> {

@@ -5,10 +5,13 @@ mod fake;
 #[cfg(test)]
 mod tests;
 
-use std::time::Duration;
+use std::{
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    time::Duration,
+};
 
 use caisson_vmm_launcher::{
-    Result,
+    Error, Result,
     http_api::{DEADLINE, HttpApi},
 };
 use hyper::Method;
@@ -23,6 +26,10 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 const ADD_DEADLINE: Duration = Duration::from_secs(60);
 /// The guest's memory is written to a disk, or read.
 const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(300);
+/// Why a request is refused that there is not: `HttpError::NotFound`, or its status.
+const UNKNOWN: &str = "Not Found";
+/// Why one is that is made by the wrong method: `HttpError::BadRequest`, or its status.
+const NOT_SO: &str = "Bad Request";
 
 /// A connection to one Cloud Hypervisor.
 #[derive(Debug)]
@@ -35,6 +42,26 @@ impl Api {
     /// When the connection has ended already.
     pub async fn over(stream: UnixStream) -> Result<Self> {
         HttpApi::over("Cloud Hypervisor", stream).await.map(Self)
+    }
+
+    /// On `connection`, the launcher's end of a socket that Cloud Hypervisor need not have taken yet.
+    ///
+    /// # Errors
+    /// When it has ended already.
+    pub async fn on(connection: OwnedFd) -> Result<Self> {
+        let connection = StdUnixStream::from(connection);
+        let stream = connection.set_nonblocking(true).and_then(|()| UnixStream::from_std(connection));
+        Self::over(stream.map_err(Error::host("use a socket of this program itself"))?).await
+    }
+
+    /// Whether it has the request `what`, which is a `PUT`: it is asked to `GET` it, of which nothing comes.
+    pub async fn has(&self, what: &str) -> Result<bool> {
+        match self.request(Method::GET, what, None, DEADLINE).await {
+            Err(Error::Hypervisor(words)) if words.contains(UNKNOWN) => Ok(false),
+            Err(Error::Hypervisor(words)) if words.contains(NOT_SO) => Ok(true),
+            Err(error) => Err(error),
+            Ok(_) => Err(Error::Hypervisor(format!("Cloud Hypervisor's GET {what} answers what it should refuse"))),
+        }
     }
 
     /// Waits until it answers; its version.

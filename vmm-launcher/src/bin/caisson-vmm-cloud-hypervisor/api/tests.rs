@@ -2,12 +2,15 @@
 
 use std::path::Path;
 
-use caisson_protocol::vmm::{Balloon, Block, Device, Fs, Net, Pmem, Rng, Vfio, VmConfig, Vsock, device::Kind};
+use caisson_protocol::vmm::{
+    Balloon, Block, CapabilitiesResponse, Device, Fs, Net, Pmem, Rng, Vfio, VmConfig, Vsock, device::Kind,
+};
 
 use super::{Api, fake::Fake};
 use crate::{
     configuration::{Configuration, hotpluggable},
     options::Options,
+    probe::{abilities, devices},
 };
 
 async fn api() -> Api {
@@ -131,4 +134,44 @@ async fn a_guest_does_not_outgrow_its_limits() {
     api.boot().await.unwrap();
     assert!(api.resize_vcpus(5).await.is_err());
     assert!(api.resize_memory(128).await.is_err());
+}
+
+async fn able(stream: tokio::net::UnixStream) -> CapabilitiesResponse {
+    let mut told = CapabilitiesResponse { version: "30.0".into(), ..Default::default() };
+    abilities(&Api::over(stream).await.unwrap(), &mut told).await.unwrap();
+    told
+}
+
+#[tokio::test]
+async fn one_with_every_request_can_do_everything_that_the_host_lets_it() {
+    let able = able(Fake::serve()).await;
+    assert_eq!(able.hotplug[..4], ["block", "net", "fs", "pmem"]);
+    assert_eq!(able.operations, ["pause", "snapshot", "resize-vcpus", "resize-memory"]);
+    assert!(able.missing.keys().all(|key| key == "vfio-hotplug"), "{:?}", able.missing);
+}
+
+#[tokio::test]
+async fn what_has_no_request_is_missing_by_the_requests_name() {
+    let able = able(Fake::serve_without("vm.add-fs")).await;
+    assert_eq!(able.hotplug[..3], ["block", "net", "pmem"]);
+    assert_eq!(able.missing["fs-hotplug"], "Cloud Hypervisor 30.0 has no vm.add-fs");
+}
+
+#[tokio::test]
+async fn an_operation_needs_all_of_its_requests() {
+    let able = able(Fake::serve_without("vm.restore")).await;
+    assert_eq!(able.missing["snapshot"], "Cloud Hypervisor 30.0 has no vm.restore");
+}
+
+#[tokio::test]
+async fn the_devices_are_those_of_the_help() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("cloud-hypervisor");
+    let help = "#!/bin/sh\necho '  --disk <disk>...\n  --net <net>\n  --serial <serial>\n  --fs-like'\n";
+    std::fs::write(&path, help).unwrap();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut told = CapabilitiesResponse { version: "30.0".into(), ..Default::default() };
+    devices(&path, &mut told).await.unwrap();
+    assert_eq!(told.devices, ["block", "net", "console"]);
+    assert_eq!(told.missing["fs"], "Cloud Hypervisor 30.0 has no --fs");
 }

@@ -29,6 +29,8 @@ pub struct Fake {
     hotplug_mib: Option<u64>,
     /// Whether anything was said of the VM, after which no snapshot can be loaded.
     configured: bool,
+    /// The beginning of paths that it has not yet.
+    without: Option<&'static str>,
 }
 
 macro_rules! body {
@@ -67,8 +69,16 @@ type Done = Result<(), String>;
 impl Fake {
     /// A connection to one whose guest has not started.
     pub fn serve() -> UnixStream {
-        let mut fake = Self::default();
-        http_server::serve(move |method, path, body| match fake.answer(method, path, body) {
+        Self::default().serve_itself()
+    }
+
+    /// A connection to an old one, which has nothing below `path`.
+    pub fn serve_without(path: &'static str) -> UnixStream {
+        Self { without: Some(path), ..Self::default() }.serve_itself()
+    }
+
+    fn serve_itself(mut self) -> UnixStream {
+        http_server::serve(move |method, path, body| match self.answer(method, path, body) {
             Ok(()) => (StatusCode::NO_CONTENT, None),
             Err(fault) => (StatusCode::BAD_REQUEST, Some(json!({ "fault_message": fault }))),
         })
@@ -76,6 +86,9 @@ impl Fake {
 
     /// What it does about one request.
     pub fn answer(&mut self, method: &Method, path: &str, body: Option<Value>) -> Done {
+        if self.without.is_some_and(|gone| path.starts_with(gone)) {
+            return Err(unknown(method, path));
+        }
         let Some(body) = body else { return Err(format!("Empty {method} request.")) };
         let path = path.trim_start_matches('/');
         let (first, rest) = path.split_once('/').unwrap_or((path, ""));
@@ -104,7 +117,7 @@ impl Fake {
                     Some(_) => Ok(()),
                 }
             }
-            _ => Err(format!("Invalid request method and/or path: {method} /{path}.")),
+            _ => Err(unknown(method, path)),
         }
     }
 
@@ -131,7 +144,7 @@ impl Fake {
             ("pmem", id) => identified(id, &read::<PmemDevice>(body)?.id)?,
             ("balloon", "") => read::<BalloonDevice>(body).map(drop)?,
             ("entropy", "") => read::<Entropy>(body).map(drop)?,
-            _ => return Err(format!("Invalid request method and/or path: PUT /{path}.")),
+            _ => return Err(unknown(&Method::PUT, path)),
         }
         if self.guest != Guest::NotStarted {
             return Err(TOO_LATE.into());
@@ -192,6 +205,10 @@ impl Fake {
 fn read<T: for<'a> Deserialize<'a>>(body: Value) -> Result<T, String> {
     from_value(body)
         .map_err(|error| format!("An error occurred when deserializing the json body of a request: {error}."))
+}
+
+fn unknown(method: &Method, path: &str) -> String {
+    format!("Invalid request method and/or path: {method} {}.", path.trim_start_matches('/'))
 }
 
 fn identified(path_id: &str, id: &str) -> Done {

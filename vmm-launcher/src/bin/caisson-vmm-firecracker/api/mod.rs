@@ -7,13 +7,20 @@ mod tests;
 
 use std::time::Duration;
 
-use caisson_vmm_launcher::{Result, http_api::HttpApi};
+use caisson_vmm_launcher::{
+    Error, Result,
+    http_api::{DEADLINE, HttpApi},
+};
 use hyper::Method;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 
 /// The guest's memory is written to a disk, or read.
 const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(300);
+/// Why a request is refused whose endpoint there is not: `RequestError::InvalidPathMethod`.
+const UNKNOWN: &str = "Invalid request method and/or path";
+/// Why one is whose endpoint there is: `RequestError::SerdeJson`.
+const NOT_THAT: &str = "deserializing the json body";
 
 /// A connection to one Firecracker.
 #[derive(Debug)]
@@ -44,6 +51,24 @@ impl Api {
             self.put(path, body).await?;
         }
         Ok(())
+    }
+
+    /// Whether it has the endpoint `path`. It is sent what none takes, so that nothing comes of the question.
+    pub async fn has(&self, method: &Method, path: &str) -> Result<bool> {
+        // For people the id is in braces, which no id may have.
+        let path = path.replace(['{', '}'], "");
+        match self.0.request(method.clone(), &path, Some(&json!(0)), DEADLINE).await {
+            Err(Error::Hypervisor(words)) if words.contains(UNKNOWN) => Ok(false),
+            Err(Error::Hypervisor(words)) if words.contains(NOT_THAT) => Ok(true),
+            Err(error) => Err(error),
+            Ok(_) => Err(Error::Hypervisor(format!("Firecracker's {method} {path} takes what it should refuse"))),
+        }
+    }
+
+    /// Its version.
+    pub async fn version(&self) -> Result<String> {
+        let told = self.0.get("/version").await?;
+        Ok(told["firecracker_version"].as_str().unwrap_or_default().to_owned())
     }
 
     /// What the guest does: `Not started`, `Running` or `Paused`.

@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
-use caisson_protocol::vmm::{Balloon, Block, Device, Net, Pmem, Rng, VmConfig, Vsock, device::Kind};
+use caisson_protocol::vmm::{
+    Balloon, Block, CapabilitiesResponse, Device, Net, Pmem, Rng, VmConfig, Vsock, device::Kind,
+};
 
 use super::{Api, SnapshotFiles, fake::Fake};
-use crate::{configuration::Configuration, options::Options};
+use crate::{configuration::Configuration, options::Options, probe::abilities};
 
 fn files() -> SnapshotFiles {
     SnapshotFiles { state: "/snapshot/state".into(), memory: "/snapshot/memory".into() }
@@ -106,6 +108,50 @@ async fn a_started_guest_takes_no_devices() {
     let entropy = ("/entropy".to_owned(), serde_json::json!({}));
     let refusal = api.configure(&[entropy]).await.unwrap_err().to_string();
     assert!(refusal.ends_with("not supported after starting the microVM"), "{refusal}");
+}
+
+async fn able(stream: tokio::net::UnixStream) -> CapabilitiesResponse {
+    abilities(&Api::over(stream).await.unwrap(), "1.12.0").await.unwrap()
+}
+
+#[tokio::test]
+async fn a_firecracker_with_every_endpoint_can_do_everything() {
+    let able = able(Fake::serve()).await;
+    assert_eq!(able.devices, ["block", "net", "vsock", "pmem", "balloon", "rng", "console"]);
+    assert_eq!(able.hotplug, ["block"]);
+    assert_eq!(able.operations, ["pause", "snapshot", "resize-memory"]);
+    assert!(able.missing.is_empty(), "{:?}", able.missing);
+}
+
+#[tokio::test]
+async fn what_has_no_endpoint_is_missing_by_the_endpoints_name() {
+    let able = able(Fake::serve_without("/pmem")).await;
+    assert_eq!(able.devices, ["block", "net", "vsock", "balloon", "rng", "console"]);
+    assert_eq!(able.missing["pmem"], "Firecracker 1.12.0 has no PUT /pmem/{id}");
+}
+
+#[tokio::test]
+async fn an_operation_needs_all_of_its_endpoints() {
+    let able = able(Fake::serve_without("/snapshot/load")).await;
+    assert_eq!(able.operations, ["pause", "resize-memory"]);
+    assert_eq!(able.missing["snapshot"], "Firecracker 1.12.0 has no PUT /snapshot/load");
+}
+
+#[tokio::test]
+async fn nothing_comes_of_the_questions() {
+    let stream = Fake::serve();
+    let api = Api::over(stream).await.unwrap();
+    abilities(&api, "1.12.0").await.unwrap();
+    // Refused by one that was told of a VM.
+    api.load_snapshot(&files(), &[]).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_answer_that_says_neither_is_told() {
+    let (near, far) = tokio::net::UnixStream::pair().unwrap();
+    drop(far);
+    let error = abilities(&Api::over(near).await.unwrap(), "1.12.0").await.unwrap_err().to_string();
+    assert_eq!(error, "Firecracker's PUT /drives/drive_id: Firecracker hung up");
 }
 
 #[tokio::test]

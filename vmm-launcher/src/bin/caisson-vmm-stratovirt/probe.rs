@@ -1,0 +1,114 @@
+//! Which devices an installed StratoVirt was built with. Its `qom-list-types` and `device-list-properties` do not say: they
+//! are the same for every build (`list_type`, machine_manager/src/machine.rs of version 2.5.0). So it is asked for VMs that
+//! cannot be, and tells by its refusal whether it knows the device. It needs KVM to come so far.
+
+use std::path::Path;
+
+use caisson_protocol::vmm::CapabilitiesResponse;
+use caisson_vmm_launcher::{
+    Error, Result,
+    ability::Ability::{Device, Hotplug},
+    ask,
+    jail::{Jail, inside},
+    process::{Process, Streams},
+};
+
+/// The driver that a kind of device takes.
+const DRIVERS: &[(&str, &str)] = &[
+    ("block", "virtio-blk-device"),
+    ("net", "virtio-net-device"),
+    ("vsock", "vhost-vsock-device"),
+    ("fs", "vhost-user-fs-device"),
+    ("balloon", "virtio-balloon-device"),
+    ("rng", "virtio-rng-device"),
+];
+/// What the slots take that every microvm has (`crate::slots`): those are of no driver that a build may lack.
+const HOTPLUG: [&str; 2] = ["block", "net"];
+/// No driver of any build: it keeps the VM from being where the device before it needs nothing.
+const NOTHING: &str = "nothing";
+
+/// What the StratoVirt at `path` can give a guest.
+///
+/// # Errors
+/// When it does not start or says something else than expected.
+pub async fn devices(path: &Path, told: &mut CapabilitiesResponse) -> Result<()> {
+    let asked = DRIVERS.iter().map(|&(kind, driver)| Ok((kind, driver, start(path, driver)?)));
+    // All at once.
+    for (kind, driver, process) in asked.collect::<Result<Vec<_>>>()? {
+        let can = match knows(&process, driver).await? {
+            true => Ok(()),
+            false => Err(format!("this StratoVirt was built without {driver}")),
+        };
+        if HOTPLUG.contains(&kind) {
+            Hotplug(kind).tell(can.clone(), told);
+        }
+        Device(kind).tell(can, told);
+    }
+    // The serial port, which every guest has.
+    Device("console").tell(Ok(()), told);
+    Ok(())
+}
+
+/// A StratoVirt that is to refuse a VM with nothing that such a device needs.
+fn start(path: &Path, driver: &str) -> Result<Process> {
+    let mut jail = Jail::default();
+    jail.show("/dev/kvm", "/dev/kvm", true);
+    // Files have to be there, and are not read before it comes to the devices.
+    let file = inside(path).display().to_string();
+    let device = |driver: &str| format!("{driver},id=asked-{driver}");
+    // Sockets go with the jail.
+    let words = [
+        ["-machine", "microvm"],
+        ["-qmp", "unix:/stratovirt.sock,server,nowait"],
+        ["-kernel", &file],
+        ["-initrd", &file],
+        ["-device", &device(driver)],
+        ["-device", &device(NOTHING)],
+    ];
+    jail.start(path, &words.concat().into_iter().map(str::to_owned).collect::<Vec<_>>(), Vec::new(), Streams::none())
+}
+
+async fn knows(process: &Process, driver: &str) -> Result<bool> {
+    let ended = ask::end(process).await?;
+    let says = |words: &str| ended.stderr.contains(words);
+    let unsupported = |driver: &str| says(&format!("Unsupported device: \"{driver}\""));
+    if unsupported(driver) {
+        return Ok(false);
+    }
+    if unsupported(NOTHING) || says(&format!("add {driver} fail")) {
+        return Ok(true);
+    }
+    Err(Error::Hypervisor(format!("StratoVirt does not say whether it has {driver}: {}", process.describe(&ended))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn told(refusal: &str) -> Result<bool> {
+        let arguments = ["-c".to_owned(), format!("echo '{refusal}' >&2; exit 1")];
+        knows(&Process::start(Path::new("/bin/sh"), &arguments, Vec::new())?, "virtio-rng-device").await
+    }
+
+    #[tokio::test]
+    async fn a_device_whose_configuration_is_refused_is_known() {
+        assert!(told("Failed to realize micro VM.: add virtio-rng-device fail.: rng is not set").await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_device_that_stands_before_the_one_that_is_refused_is_known() {
+        assert!(told("Unsupported device: \"nothing\"").await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_device_that_is_unsupported_is_not_known() {
+        assert!(!told("Unsupported device: \"virtio-rng-device\"").await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn another_refusal_is_told_as_it_is() {
+        let error = told("Failed to open /dev/kvm").await.unwrap_err().to_string();
+        assert!(error.starts_with("StratoVirt does not say whether it has virtio-rng-device: "), "{error}");
+        assert!(error.ends_with("Failed to open /dev/kvm"), "{error}");
+    }
+}
