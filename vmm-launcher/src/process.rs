@@ -126,6 +126,8 @@ impl Process {
         let mut command = Command::new(program);
         command.args(arguments).preserved_fds(descriptors).kill_on_drop(true);
         command.stdin(streams.stdin).stdout(streams.stdout).stderr(Stdio::from(stderr));
+        // Last words have little room, and a trace of calls leaves none for what went wrong.
+        command.env_remove("RUST_BACKTRACE").env_remove("RUST_LIB_BACKTRACE");
         match lifetime.list() {
             Some(list) => {
                 let list = list.try_clone().map_err(Error::host("open the list of processes once more"))?;
