@@ -34,10 +34,15 @@ const NOTHING: &str = "nothing";
 /// # Errors
 /// When it does not start or says something else than expected.
 pub async fn devices(path: &Path, told: &mut CapabilitiesResponse) -> Result<()> {
-    let asked = DRIVERS.iter().map(|&(kind, driver)| Ok((kind, driver, start(path, driver)?)));
-    // All at once.
-    for (kind, driver, process) in asked.collect::<Result<Vec<_>>>()? {
-        let can = match knows(&process, driver).await? {
+    let start = |&(kind, driver)| Ok((kind, driver, start(path, driver)?));
+    let asked = DRIVERS.iter().map(start).collect::<Result<Vec<_>>>()?;
+    let mut answers = Vec::with_capacity(asked.len());
+    for &(kind, driver, ref process) in &asked {
+        answers.push((kind, driver, knows(process, driver).await));
+    }
+    // All have ended, also where one of them says something else.
+    for (kind, driver, answer) in answers {
+        let can = match answer? {
             true => Ok(()),
             false => Err(format!("this StratoVirt was built without {driver}")),
         };
