@@ -2,7 +2,7 @@
 //!
 //! The hypervisor runs beside a hostile guest, so its answers are bounded, and every request has a deadline.
 
-use std::time::Duration;
+use std::{os::fd::OwnedFd, time::Duration};
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
@@ -15,7 +15,10 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::{net::UnixStream, sync::Mutex, time::timeout};
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    descriptors::{Connection, Luggage},
+};
 
 /// An API answers at once, unless the host is very busy.
 pub const DEADLINE: Duration = Duration::from_secs(20);
@@ -27,6 +30,7 @@ const MAX_ANSWER: usize = 1 << 20;
 pub struct HttpApi {
     hypervisor: &'static str,
     connection: Mutex<SendRequest<Full<Bytes>>>,
+    luggage: Luggage,
 }
 
 impl HttpApi {
@@ -35,12 +39,13 @@ impl HttpApi {
     /// # Errors
     /// When the connection has ended already.
     pub async fn over(hypervisor: &'static str, stream: UnixStream) -> Result<Self> {
+        let (stream, luggage) = Connection::over(stream);
         let (connection, work) = handshake(TokioIo::new(stream))
             .await
             .map_err(|error| Error::Hypervisor(format!("{hypervisor}'s API cannot be used: {error}")))?;
         // Ends with the connection; whoever waits for an answer is told.
         tokio::spawn(async move { drop(work.await) });
-        Ok(Self { hypervisor, connection: Mutex::new(connection) })
+        Ok(Self { hypervisor, connection: Mutex::new(connection), luggage })
     }
 
     /// `GET path`.
@@ -80,6 +85,21 @@ impl HttpApi {
     /// # Errors
     /// The hypervisor's own words when it refuses; when it does not answer in time or has ended.
     pub async fn request(&self, method: Method, path: &str, body: Option<&Value>, limit: Duration) -> Result<Value> {
+        self.request_with(method, path, body, Vec::new(), limit).await
+    }
+
+    /// [`Self::request`] that gives the hypervisor `descriptors` along.
+    ///
+    /// # Errors
+    /// As [`Self::request`].
+    pub async fn request_with(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+        descriptors: Vec<OwnedFd>,
+        limit: Duration,
+    ) -> Result<Value> {
         let failed = |why: String| Error::Hypervisor(format!("{}'s {method} {path}: {why}", self.hypervisor));
         let hung_up = |_| failed(format!("{} hung up", self.hypervisor));
         let mut request = Request::builder().method(&method).uri(path).header(ACCEPT, "application/json");
@@ -94,6 +114,7 @@ impl HttpApi {
         let exchange = async {
             let mut connection = self.connection.lock().await;
             connection.ready().await.map_err(hung_up)?;
+            let _waiting = self.luggage.add(descriptors);
             let answer: Response<Incoming> = connection.send_request(request).await.map_err(hung_up)?;
             let (head, body) = answer.into_parts();
             let body = Limited::new(body, MAX_ANSWER).collect().await;

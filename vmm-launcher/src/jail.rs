@@ -69,7 +69,6 @@ const SHOW_DEADLINE: Duration = Duration::from_secs(10);
 pub struct Jail {
     directories: Vec<PathBuf>,
     files: Vec<Shown>,
-    configures_network: bool,
     /// Whose end is the hypervisor's end.
     parent: Option<i32>,
     user: u32,
@@ -102,11 +101,6 @@ impl Jail {
     /// Has an empty directory at `inside`, for what is shown later.
     pub fn make_directory(&mut self, inside: impl Into<PathBuf>) {
         self.directories.push(inside.into());
-    }
-
-    /// Lets the hypervisor change the interfaces of its network namespace.
-    pub fn let_configure_network(&mut self) {
-        self.configures_network = true;
     }
 
     /// Lets the hypervisor live as long as `lifetime` says, and not only as long as the launcher.
@@ -211,7 +205,7 @@ fn enter(jail: &Jail, mut command: impl Iterator<Item = String>) -> anyhow::Resu
     unshare(CloneFlags::CLONE_NEWNS).context("make a mount namespace for the hypervisor")?;
     make_root(&jail.directories, &jail.files)?;
     become_root().context("make the hypervisor's jail its root directory")?;
-    become_user(jail).context("give the hypervisor a user of its own")?;
+    become_user(jail.user).context("give the hypervisor a user of its own")?;
     if let Some(parent) = jail.parent {
         // Forgotten by the kernel when the user changed.
         set_pdeathsig(Signal::SIGKILL).context("ask for a signal at the parent's death")?;
@@ -267,28 +261,22 @@ fn become_root() -> anyhow::Result<()> {
     Ok(chdir("/")?)
 }
 
-fn become_user(jail: &Jail) -> anyhow::Result<()> {
-    let mut kept = vec![OPENS_FILES];
-    if jail.configures_network {
-        kept.push(CapabilitySet::NET_ADMIN);
-    }
+fn become_user(user: u32) -> anyhow::Result<()> {
     for number in 0..u64::BITS {
         let capability = CapabilitySet::from_bits_retain(1 << number);
         // The kernel does not know those after its last.
-        if !kept.contains(&capability) && remove_capability_from_bounding_set(capability).is_err() {
+        if capability != OPENS_FILES && remove_capability_from_bounding_set(capability).is_err() {
             break;
         }
     }
     set_keep_capabilities(true)?;
     setgroups(&[])?;
-    let (uid, gid) = (Uid::from_raw(jail.user), Gid::from_raw(jail.user));
+    let (uid, gid) = (Uid::from_raw(user), Gid::from_raw(user));
     setresgid(gid, gid, gid)?;
     setresuid(uid, uid, uid)?;
-    let all = kept.iter().copied().collect();
-    set_capabilities(None, CapabilitySets { effective: all, permitted: all, inheritable: all })?;
-    for capability in kept {
-        configure_capability_in_ambient_set(capability, true)?;
-    }
+    let kept = OPENS_FILES;
+    set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable: kept })?;
+    configure_capability_in_ambient_set(kept, true)?;
     Ok(set_no_new_privs()?)
 }
 

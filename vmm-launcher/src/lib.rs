@@ -31,15 +31,21 @@ pub mod process;
 pub mod qmp;
 pub mod size;
 pub mod tail;
+pub mod tap;
 pub mod time_stamp;
 pub mod vfio;
 pub mod virtiofsd;
 pub mod vsock;
 
+mod descriptors;
 mod error;
 mod run;
 mod serve;
 mod service;
 mod sys;
+
+#[cfg(test)]
+#[path = "../tests/fakes/receive.rs"]
+mod receive;
 
 pub use error::{Error, Result};

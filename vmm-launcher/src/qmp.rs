@@ -26,7 +26,7 @@ use tokio::{
 };
 use tracing::debug;
 
-use crate::{Error, Result};
+use crate::{Error, Result, descriptors};
 
 /// An answer comes at once, unless the host is very busy.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -97,6 +97,18 @@ impl Qmp {
     /// # Errors
     /// The hypervisor's own words when it refuses; when it does not answer in time or has ended.
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
+        self.exchange(command, arguments, &[]).await
+    }
+
+    /// Gives the hypervisor a descriptor, which commands then call `name`: no number.
+    ///
+    /// # Errors
+    /// As [`Self::execute`].
+    pub async fn give(&self, name: &str, descriptor: OwnedFd) -> Result<()> {
+        self.exchange("getfd", json!({ "fdname": name }), &[descriptor]).await.map(drop)
+    }
+
+    async fn exchange(&self, command: &str, arguments: Value, descriptors: &[OwnedFd]) -> Result<Value> {
         let failed = |why: &str| Error::Hypervisor(format!("{}'s {command}: {why}", self.hypervisor));
         let hung_up = || failed(&format!("{} has ended", self.hypervisor));
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
@@ -108,7 +120,7 @@ impl Qmp {
         let mut line = json!({ "execute": command, "arguments": arguments, "id": id.to_string() }).to_string();
         line.push('\n');
         let exchange = async {
-            self.writer.lock().await.write_all(line.as_bytes()).await.map_err(|_| hung_up())?;
+            self.write(line.as_bytes(), descriptors).await.map_err(|_| hung_up())?;
             match told.await {
                 Ok(answer) => answer.map_err(|why| failed(&why)),
                 Err(_) => Err(hung_up()),
@@ -123,6 +135,12 @@ impl Qmp {
                 Err(failed(&format!("no answer in {} s", DEADLINE.as_secs())))
             }
         }
+    }
+
+    async fn write(&self, line: &[u8], descriptors: &[OwnedFd]) -> io::Result<()> {
+        let mut writer = self.writer.lock().await;
+        let sent = descriptors::send((*writer).as_ref(), line, descriptors).await?;
+        writer.write_all(&line[sent..]).await
     }
 
     /// Events from now on.
@@ -238,6 +256,17 @@ mod tests {
         let (qmp, _far) = qemu(&[r#"{"error": {"class": "GenericError", "desc": "Device 'x' not found"}, "id": "1"}"#]);
         let error = qmp.execute("device_del", json!({ "id": "x" })).await.unwrap_err();
         assert_eq!(error.to_string(), "QEMU's device_del: Device 'x' not found");
+    }
+
+    #[tokio::test]
+    async fn a_descriptor_goes_along_with_its_name() {
+        let (qmp, far) = qemu(&[r#"{"return": {}, "id": "1"}"#]);
+        qmp.give("tap", io::pipe().unwrap().1.into()).await.unwrap();
+        let mut line = [0; 256];
+        let (count, descriptors) = crate::receive::receive(&far, &mut line).unwrap();
+        let command: Value = serde_json::from_slice(&line[..count]).unwrap();
+        assert_eq!((&command["execute"], &command["arguments"]["fdname"]), (&json!("getfd"), &json!("tap")));
+        assert_eq!(descriptors.len(), 1);
     }
 
     #[tokio::test]

@@ -64,6 +64,22 @@ pub(crate) fn set_guest_cid(vhost: &File, cid: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes `tun`, an open `/dev/net/tun`, a queue of the interface `name`, with the flags `IFF_*`.
+pub(crate) fn set_interface(tun: &File, name: &str, flags: libc::c_int) -> io::Result<()> {
+    nix::ioctl_readwrite_bad!(tun_set_interface, libc::TUNSETIFF, libc::ifreq);
+    let mut ifr_name = [0; libc::IFNAMSIZ];
+    // One byte stays zero.
+    for (to, from) in ifr_name[..libc::IFNAMSIZ - 1].iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    let ifr_ifru = libc::__c_anonymous_ifr_ifru { ifru_flags: flags as libc::c_short };
+    let mut request = libc::ifreq { ifr_name, ifr_ifru };
+    // SAFETY: the descriptor is open for the whole call, and the kernel reads and writes no more than the `ifreq` that
+    // `request` is (TUNSETIFF, linux/if_tun.h).
+    unsafe { tun_set_interface(tun.as_raw_fd(), &mut request) }?;
+    Ok(())
+}
+
 /// Makes `memory` the guest's physical memory.
 pub(crate) fn map_guest_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), kvm_ioctls::Error> {
     for (slot, region) in (0..).zip(memory.iter()) {

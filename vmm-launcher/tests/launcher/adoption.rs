@@ -14,8 +14,10 @@ use nix::sys::{
 };
 use serde_json::Value;
 
-use crate::fixture::{
-    Backend, Images, LIMIT, Launcher, device, for_backend, for_each_backend, pid, process_ended, text,
+use crate::{
+    cards::{self, cards_at},
+    fixture::{Backend, Images, LIMIT, Launcher, device, for_backend, for_each_backend, pid, process_ended, text},
+    network,
 };
 
 for_each_backend!(
@@ -31,7 +33,9 @@ for_backend!(
     a_state_that_cannot_be_trusted_is_refused_and_nobody_is_ended,
     what_a_vm_must_not_be_adopted_by_is_refused,
     a_second_vm_is_not_made_where_there_is_one,
+    a_card_of_an_adopted_vm_goes_and_comes,
 );
+for_backend!(cloud_hypervisor_only, CloudHypervisor, a_card_of_an_adopted_vm_goes_and_comes);
 for_backend!(builtin_only, Builtin, a_launcher_that_is_the_vm_says_so);
 
 /// Its console is logged, and it has whatever the backend needs helpers for.
@@ -197,6 +201,30 @@ async fn devices_of_an_adopted_vm_come_and_go(backend: Backend) {
     let detach = vmm::DetachRequest { id: "one".into(), ..Default::default() };
     launcher.client.detach(deadline(LIMIT), &detach).await.unwrap();
     launcher.client.attach(deadline(LIMIT), &attach("two")).await.unwrap();
+    launcher.stop(Duration::ZERO).await;
+}
+
+async fn a_card_of_an_adopted_vm_goes_and_comes(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    network::make(&[]);
+    let mut launcher = Launcher::start(backend).await;
+    let (mut request, log) = outliving(&launcher, &images, "watch-cards");
+    if backend == Backend::Qemu {
+        request.options.push_str("\nmachine_type = \"q35\"");
+    }
+    launcher.create(&request).await.unwrap();
+    launcher.boot().await.unwrap();
+    launcher.until_console_has(&log, &cards_at(1)).await;
+    cards::attach(&launcher, "tap0").await.unwrap();
+    launcher.until_console_has(&log, &cards_at(2)).await;
+
+    replace(&mut launcher).await;
+    adopt(&launcher).await.unwrap();
+    cards::detach(&launcher).await.unwrap();
+    launcher.until_console_has(&log, &cards_at(3)).await;
+    cards::attach(&launcher, "tap0").await.unwrap();
+
+    launcher.until_console_has(&log, &cards_at(4)).await;
     launcher.stop(Duration::ZERO).await;
 }
 

@@ -7,12 +7,12 @@ use std::{
     time::Duration,
 };
 
-use caisson_protocol::vmm::{Balloon, Block, Console, ExitReason, Fs, Net, Rng, Vsock, device::Kind};
+use caisson_protocol::vmm::{Balloon, Block, Console, ExitReason, Fs, Rng, Vsock, device::Kind};
 use nix::sys::signal::Signal;
 
 use crate::{
     fixture::{Backend, Images, Launcher, children, device, for_backend, process_ended, text},
-    integrity::ip,
+    network,
 };
 
 for_backend!(builtin_only, Builtin, a_hundred_vms_leave_nothing);
@@ -37,9 +37,7 @@ async fn a_hundred_vms_leave_nothing(backend: Backend) {
         [Created, Booted, Booted, Up, Created, Booted, Booted, PoweredOff]
     };
     let Some(images) = Images::find() else { return };
-    // This thread's own network, which the launchers inherit.
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-    ip(&["tuntap", "add", "tap0", "mode", "tap"]);
+    network::make(&[]);
     let disk = images.dir.path().join("disk");
     File::create(&disk).unwrap().set_len(1 << 20).unwrap();
     let (descriptors, interfaces) = (descriptors(), interfaces());
@@ -58,7 +56,7 @@ async fn live(backend: Backend, images: &Images, disk: &Path, life: Life) {
     request.vm.as_mut().unwrap().devices = vec![
         device("console", Kind::Console(Console { log: text(&log), ..Default::default() })),
         device("disk", Kind::Block(Block { path: text(disk), ..Default::default() })),
-        device("net", Kind::Net(Net { tap: "tap0".into(), mac: "02:00:00:00:12:34".into(), ..Default::default() })),
+        network::card_device(),
         device("vsock", Kind::Vsock(Vsock { socket: text(&socket), ..Default::default() })),
         device("fs", Kind::Fs(share(images))),
         device("rng", Kind::Rng(Rng { source: "/dev/urandom".into(), ..Default::default() })),

@@ -6,14 +6,14 @@ use caisson_protocol::{
     deadline,
     status::{Code, Status},
     vmm::{
-        self, AttachRequest, Balloon, Block, Console, CreateRequest, DetachRequest, ExitReason, Fs, Net, Rng, Vsock,
+        self, AttachRequest, Balloon, Block, Console, CreateRequest, DetachRequest, ExitReason, Fs, Rng, Vsock,
         device::Kind,
     },
 };
 
 use crate::fixture::{Backend, Images, LIMIT, Launcher, device, for_backend, for_each_backend, text};
 
-for_each_backend!(a_guest_finds_the_card_on_its_tap, what_is_known_of_a_vm_is_counted);
+for_each_backend!(what_is_known_of_a_vm_is_counted);
 for_backend!(
     qemu_only,
     Qemu,
@@ -210,22 +210,6 @@ async fn a_disk_cannot_come_while_microvm_runs(backend: Backend) {
     let status = Status::from(launcher.client.attach(deadline(LIMIT), &attach).await.unwrap_err());
     assert_eq!(status.code, Code::UNIMPLEMENTED);
     assert!(status.message.contains("q35"), "{status}");
-}
-
-async fn a_guest_finds_the_card_on_its_tap(backend: Backend) {
-    let Some(images) = Images::find() else { return };
-    // This thread's own network, which the launcher inherits.
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-    let made = std::process::Command::new("ip").args(["tuntap", "add", "tap0", "mode", "tap"]).status().unwrap();
-    assert!(made.success());
-    let launcher = Launcher::start(backend).await;
-    let mut request = launcher.request(&images, "list");
-    let net = Net { tap: "tap0".into(), mac: "02:00:00:00:12:34".into(), ..Default::default() };
-    request.vm.as_mut().unwrap().devices = vec![device("net", Kind::Net(net))];
-    launcher.create(&request).await.unwrap();
-    launcher.boot().await.unwrap();
-    let exit = launcher.wait().await;
-    assert!(exit.console_tail.contains("guest: card 02:00:00:00:12:34"), "{exit}");
 }
 
 async fn what_is_known_of_a_vm_is_counted(backend: Backend) {

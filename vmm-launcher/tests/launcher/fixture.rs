@@ -13,10 +13,12 @@ use caisson_protocol::{
     deadline, listen, no_deadline,
     processes::ProcessList,
     status::Status,
+    sys::register,
     vmm::{self, CapabilitiesRequest, CreateRequest, CreateResponse, Device, VmConfig, WaitResponse, device::Kind},
     vmm_ttrpc::VmmClient,
 };
 use caisson_testbed::{Installation, Recording, skip};
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tempfile::TempDir;
 use tokio::{
     net::UnixStream,
@@ -236,6 +238,14 @@ case "$(cat /proc/cmdline)" in
         [ "$now" = "$seen" ] || { echo "guest: sizes $now"; seen=$now; }
         usleep 100000
     done ;;
+*do=watch-cards*)
+    seen=none
+    change=0
+    while :; do
+        now=$(cat /sys/class/net/e*/address 2>/dev/null | tr '\n' ' ')
+        [ "$now" = "$seen" ] || { change=$((change + 1)); echo "guest: cards $change: $now"; seen=$now; }
+        usleep 100000
+    done ;;
 *do=watch*)
     seen=none
     while :; do
@@ -406,17 +416,21 @@ impl Launcher {
         self.state().await.console_tail
     }
 
-    /// Answers when the console's log has `text`. The log's directory tells of each change.
+    /// Answers when the console's log has `text`. The file tells of each change.
     pub async fn until_console_has(&self, log: &Path, text: &str) {
-        let watch = nix::sys::inotify::Inotify::init(nix::sys::inotify::InitFlags::IN_CLOEXEC).unwrap();
-        watch.add_watch(log, nix::sys::inotify::AddWatchFlags::IN_MODIFY).unwrap();
-        let (log, text) = (log.to_owned(), text.to_owned());
-        let seen = tokio::task::spawn_blocking(move || {
-            while !fs::read_to_string(&log).unwrap_or_default().contains(&text) {
-                watch.read_events().unwrap();
+        let watch = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).unwrap();
+        inotify::add_watch(&watch, log, WatchFlags::MODIFY).unwrap();
+        let watch = register(watch).unwrap();
+        let heard = || fs::read_to_string(log).unwrap_or_default();
+        let seen = async {
+            while !heard().contains(text) {
+                let mut changed = watch.readable().await.unwrap();
+                // However many: one look is enough for all.
+                while rustix::io::read(watch.get_ref(), &mut [0; 4096]).is_ok() {}
+                changed.clear_ready();
             }
-        });
-        timeout(LIMIT, seen).await.expect("the guest writes what is waited for").unwrap();
+        };
+        timeout(LIMIT, seen).await.unwrap_or_else(|_| panic!("the guest did not write {text:?} but\n{}", heard()));
     }
 
     /// Everything that is left in the run directory.

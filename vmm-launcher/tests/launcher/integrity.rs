@@ -6,23 +6,26 @@
 use std::{
     env, fs,
     fs::File,
-    io::{Read, Write},
+    io::{self, Read, Write},
     net::TcpListener,
     os::unix::net::UnixStream,
     path::Path,
-    process::Command,
     time::Duration,
 };
 
 use caisson_protocol::{
     address::{GuestVsock, Stream},
     no_deadline,
-    vmm::{Console, CreateRequest, ExitReason, Fs, Net, Vsock, WaitRequest, WaitResponse, device::Kind},
+    vmm::{Console, CreateRequest, ExitReason, Fs, VmConfig, Vsock, WaitRequest, WaitResponse, device::Kind},
 };
-use tokio::{task::spawn_blocking, time::timeout};
+use tokio::{
+    task::{JoinHandle, spawn_blocking},
+    time::timeout,
+};
 
 use crate::{
     fixture::{Backend, Images, LIMIT, Launcher, archive, device, for_backend, for_each_backend, text},
+    network::{self, GUEST_SETUP, HOST, card},
     pattern,
 };
 
@@ -179,36 +182,33 @@ fn blocking(stream: Stream) -> UnixStream {
 
 async fn a_card_keeps_every_byte(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    // This thread's own network, which the launcher inherits.
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-    // Some have one pair only, and take a tap only if it has one queue.
+    card_keeps_every_byte(backend, &images, little_mib(), |_| {}).await;
+}
+
+/// `change` is made to a VM with two vCPUs and a card.
+pub async fn card_keeps_every_byte(backend: Backend, images: &Images, mib: usize, change: impl FnOnce(&mut VmConfig)) {
     let queue_pairs = if backend.has_queue_pairs() { 2 } else { 1 };
-    let queues: &[&str] = if queue_pairs > 1 { &["multi_queue"] } else { &[] };
-    ip(&[&["tuntap", "add", "tap0", "mode", "tap"], queues].concat());
-    ip(&["address", "add", "10.9.8.1/24", "dev", "tap0"]);
-    ip(&["link", "set", "tap0", "up"]);
-    let listener = TcpListener::bind("10.9.8.1:9").unwrap();
+    // Firecracker takes a tap only if it has one queue.
+    network::make(if queue_pairs > 1 { &["multi_queue"] } else { &[] });
+    let listener = network::listen("tap0");
     let launcher = Launcher::start(backend).await;
-    let mib = little_mib();
-    let net = Net { tap: "tap0".into(), mac: "02:00:00:00:12:34".into(), queue_pairs, ..Default::default() };
-    let script = format!(
-        "ip address add 10.9.8.2/24 dev eth0\n\
-         ip link set eth0 up\n\
-         guest-load connect 10.9.8.1:9 {mib}"
-    );
-    let mut request = request(&launcher, &images, &script, &[("net", Kind::Net(net))]);
-    request.vm.as_mut().unwrap().vcpus = 2;
+    let script = format!("{GUEST_SETUP}\nguest-load connect {HOST} {mib}");
+    let mut request = request(&launcher, images, &script, &[("net", card("tap0", queue_pairs))]);
+    let vm = request.vm.as_mut().unwrap();
+    vm.vcpus = 2;
+    change(vm);
     launcher.create(&request).await.unwrap();
-    let exchanged = spawn_blocking(move || {
-        let (stream, _) = listener.accept()?;
-        pattern::exchange(&stream, &stream, mib)
-    });
+    let exchanged = exchange(listener, mib);
     launcher.boot().await.unwrap();
 
     assert_all_arrived(&ended(&launcher).await);
     exchanged.await.unwrap().unwrap();
 }
 
-pub fn ip(arguments: &[&str]) {
-    assert!(Command::new("ip").args(arguments).status().unwrap().success(), "ip {arguments:?}");
+/// Moves `mib` each way over the first connection.
+pub fn exchange(listener: TcpListener, mib: usize) -> JoinHandle<io::Result<()>> {
+    spawn_blocking(move || {
+        let (stream, _) = listener.accept()?;
+        pattern::exchange(&stream, &stream, mib)
+    })
 }

@@ -6,11 +6,13 @@
 //! Guests need what `cargo xtask setup` leaves, or `$CAISSON_TEST_KERNEL` and `$CAISSON_TEST_INITRD`.
 
 mod fixture;
+mod network;
 mod pattern;
 
 mod adoption;
 mod balloon;
 mod capabilities;
+mod cards;
 mod cycles;
 mod devices;
 mod disks;

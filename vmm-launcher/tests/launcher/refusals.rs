@@ -265,7 +265,8 @@ async fn a_missing_disk_is_named(backend: Backend) {
 async fn a_tap_that_does_not_exist_is_named(backend: Backend) {
     let net = Net { tap: "notap9".into(), mac: "02:00:00:00:12:34".into(), ..Default::default() };
     let Some(status) = refusal(backend, |_, vm| vm.devices.push(device("net", Kind::Net(net)))).await else { return };
-    assert_eq!(status.message, "there is no network interface notap9");
+    assert!(status.message.starts_with("there is no network interface notap9: make it with "), "{status}");
+    assert!(nix::net::if_::if_nametoindex("notap9").is_err());
 }
 
 async fn a_socket_path_that_is_too_long_is_refused(backend: Backend) {

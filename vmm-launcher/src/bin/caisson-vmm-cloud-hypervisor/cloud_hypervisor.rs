@@ -39,7 +39,7 @@ use crate::{
     configuration::{self, Configuration},
     events::Events,
     hotplug::{Attached, Host, KnownHostSide},
-    layout::{API, RunDir, SERIAL, SNAPSHOT},
+    layout::{API, NO_TUN, RunDir, SERIAL, SNAPSHOT},
     options::{DOCS, Landlock, Options},
     probe,
 };
@@ -132,7 +132,7 @@ impl Hypervisor for CloudHypervisor {
             started.api.create(&configuration.body).await?;
             let (jailed, run_dir, lifetime) = (started.process.pid(), &started.run_dir, &started.lifetime);
             let host = Host { jailed, run_dir, lifetime };
-            for device in vm.devices.iter().filter(|device| matches!(device.kind, Some(Kind::Vfio(_)))) {
+            for device in vm.devices.iter().filter(|device| configuration::comes_before_the_boot(device)) {
                 attached.attach(device, &host, &started.api).await?;
             }
             Ok(())
@@ -152,10 +152,12 @@ impl Hypervisor for CloudHypervisor {
         let options: Options = parse(&request.options)?;
         let run_dir = Path::new(&request.run_dir);
         let devices = Configuration::of(vm, &options, false, run_dir)?.devices;
+        let cards = cards(vm)?;
         let mut jail = Jail::default();
         jail.show(&request.directory, SNAPSHOT, false);
+        jail.make_directory(NO_TUN);
         let started = start(&as_new, vm, &options, jail).await?;
-        let restored = started.api.restore(SNAPSHOT).await;
+        let restored = started.api.restore(SNAPSHOT, cards).await;
         started.into_created(restored, vm, devices, Attached::default(), audience).await
     }
 
@@ -305,6 +307,12 @@ impl Hypervisor for CloudHypervisor {
         }
         Ok(metrics.text())
     }
+}
+
+/// The network cards of `vm` with their open taps.
+fn cards(vm: &VmConfig) -> Result<Vec<(String, Vec<OwnedFd>)>> {
+    let cards = vm.devices.iter().filter(|device| matches!(device.kind, Some(Kind::Net(_))));
+    cards.map(|card| Ok((card.id.clone(), configuration::taps(card)?))).collect()
 }
 
 /// A Cloud Hypervisor without a VM.

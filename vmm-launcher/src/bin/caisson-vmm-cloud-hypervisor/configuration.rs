@@ -1,12 +1,12 @@
 //! A VM as Cloud Hypervisor's `VmConfig`, and what of the host Cloud Hypervisor gets to see.
 
-use std::path::Path;
+use std::{os::fd::OwnedFd, path::Path};
 
 use caisson_protocol::{
     address::HYBRID_CID,
     vmm::{Device, GuestDevice, VmConfig, device::Kind},
 };
-use caisson_vmm_launcher::{Error, Result, huge_pages::SIZE_MIB, jail::Jail, request, vfio};
+use caisson_vmm_launcher::{Error, Result, huge_pages::SIZE_MIB, jail::Jail, request, tap, vfio};
 use serde_json::{Value, json};
 
 use crate::{
@@ -89,7 +89,7 @@ pub fn hotpluggable(device: &Device) -> Result<(&'static str, Value)> {
         }
         Kind::Net(net) => {
             let queues = 2 * net.queue_pairs.max(1);
-            Ok(("net", json!({ "id": id, "tap": net.tap, "mac": net.mac, "num_queues": queues })))
+            Ok(("net", json!({ "id": id, "mac": net.mac, "num_queues": queues })))
         }
         Kind::Fs(fs) => {
             let socket = layout::in_run(&layout::fs_socket(id));
@@ -101,6 +101,23 @@ pub fn hotpluggable(device: &Device) -> Result<(&'static str, Value)> {
             let kind = request::kind_name(other);
             Err(Error::Unsupported(format!("attaching a {kind} device is not supported with cloud-hypervisor")))
         }
+    }
+}
+
+/// Whether a device that the VM is born with is added after `vm.create`: a network card with its taps, which come along with
+/// a request of their own, and a device of the host, because Landlock's rules for it would be those for another path.
+pub fn comes_before_the_boot(device: &Device) -> bool {
+    matches!(device.kind, Some(Kind::Net(_) | Kind::Vfio(_)))
+}
+
+/// The open taps that `device` needs, if it is a network card.
+///
+/// # Errors
+/// When they cannot be opened.
+pub fn taps(device: &Device) -> Result<Vec<OwnedFd>> {
+    match &device.kind {
+        Some(Kind::Net(net)) => tap::open(net),
+        _ => Ok(Vec::new()),
     }
 }
 
@@ -122,7 +139,7 @@ pub fn address(device: &Device, run_dir: &Path) -> Result<String> {
 pub fn show(vm: &VmConfig, run_dir: &Path, jail: &mut Jail) {
     jail.show(run_dir, layout::RUN, true);
     FILLED_LATER.iter().for_each(|directory| jail.make_directory(*directory));
-    for device in ["/dev/kvm", "/dev/net/tun", "/dev/urandom", vfio::CONTAINER] {
+    for device in ["/dev/kvm", "/dev/urandom", vfio::CONTAINER] {
         if Path::new(device).exists() {
             jail.show(device, device, true);
         }
@@ -137,8 +154,6 @@ pub fn show(vm: &VmConfig, run_dir: &Path, jail: &mut Jail) {
             Some(Kind::Block(block)) => jail.show(&block.path, layout::disk(&device.id), !block.read_only),
             Some(Kind::Pmem(pmem)) => jail.show(&pmem.path, layout::disk(&device.id), !pmem.read_only),
             Some(Kind::Rng(rng)) if rng.source != "/dev/urandom" => jail.show(&rng.source, &rng.source, false),
-            // It sets the interface up, which the launcher's network namespace has to itself.
-            Some(Kind::Net(_)) => jail.let_configure_network(),
             _ => {}
         }
     }
@@ -157,8 +172,7 @@ fn add(body: &mut Value, device: &Device) -> Result<()> {
         Kind::Rng(rng) => body["rng"] = json!({ "src": rng.source }),
         // The serial port, which every guest has.
         Kind::Console(_) => {}
-        // Landlock's rules for one that is there from the start would be those for another path: it comes before the boot.
-        Kind::Vfio(_) => {}
+        _ if comes_before_the_boot(device) => {}
         _ => {
             let (list, device) = hotpluggable(device)?;
             push(body, list, device);
@@ -223,7 +237,6 @@ mod tests {
         ]))
         .unwrap();
         assert_eq!(configuration.body["disks"][0]["image_type"], "Raw");
-        assert_eq!(configuration.body["net"][0]["num_queues"], 4);
         assert_eq!(configuration.body["fs"][0]["socket"], "/run/fs-fs.sock");
         let addresses: Vec<_> = configuration.devices.iter().map(|device| device.address.as_str()).collect();
         assert_eq!(addresses, ["serial:root", "", "hvsock:/run/vm/vsock.sock", "tag:share", ""]);
@@ -258,6 +271,15 @@ mod tests {
         let body = of(&VmConfig { huge_pages: true, ..with(Vec::new()) }).unwrap().body;
         assert_eq!((&body["memory"]["hugepages"], &body["memory"]["hugepage_size"]), (&json!(true), &json!(2 << 20)));
         assert_eq!(of(&with(Vec::new())).unwrap().body["memory"]["hugepages"], Value::Null);
+    }
+
+    #[test]
+    fn a_card_comes_with_its_taps_and_has_a_queue_each_way_on_each() {
+        let vm = with(vec![("net", Kind::Net(Net { tap: "tap0".into(), queue_pairs: 2, ..Default::default() }))]);
+        assert_eq!(of(&vm).unwrap().body["net"], Value::Null);
+        assert!(comes_before_the_boot(&vm.devices[0]));
+        let (list, body) = hotpluggable(&vm.devices[0]).unwrap();
+        assert_eq!((list, &body["num_queues"], &body["tap"]), ("net", &json!(4), &Value::Null));
     }
 
     #[test]

@@ -18,7 +18,7 @@ use tokio::{
 
 use crate::{
     api::Api,
-    configuration::{self, hotpluggable},
+    configuration::{self, hotpluggable, taps},
     events,
     layout::{self, RunDir},
 };
@@ -87,8 +87,9 @@ impl Attached {
         if self.lock().contains_key(&device.id) {
             return Err(Error::Invalid(format!("a device is attached as \"{}\" already", device.id)));
         }
+        let taps = taps(device)?;
         let host_side = HostSide::make(device, host).await?;
-        let place = match api.add(list, &body).await {
+        let place = match api.add(list, &body, taps).await {
             Ok(place) => place,
             Err(refusal) => {
                 host_side.end(jailed).await?;

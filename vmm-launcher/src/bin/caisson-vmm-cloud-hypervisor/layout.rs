@@ -21,6 +21,8 @@ pub const SNAPSHOT: &str = "/snapshots/this";
 pub const GROUPS: &str = "/dev/vfio";
 /// Holds the sysfs directories of devices of the host, by their addresses.
 pub const HOST_DEVICES: &str = "/sys/bus/pci/devices";
+/// An empty directory: Landlock's rules for a restored network card name it, and Cloud Hypervisor never opens it.
+pub const NO_TUN: &str = "/dev/net/tun";
 /// What may be filled while the VM runs.
 pub const FILLED_LATER: [&str; 4] = [DISKS, SNAPSHOTS, GROUPS, HOST_DEVICES];
 

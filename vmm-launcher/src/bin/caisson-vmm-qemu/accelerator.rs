@@ -1,6 +1,7 @@
 //! How guest code runs: by the processor (KVM), or by QEMU's own emulation (TCG).
 
-use caisson_vmm_launcher::{Error, Result, kvm};
+use caisson_vmm_launcher::{Error, Result, kvm, qmp::Qmp};
+use serde_json::json;
 
 use crate::options::Accel;
 
@@ -39,6 +40,12 @@ pub async fn choose(wish: Accel) -> Result<(Accelerator, String)> {
             ))),
         },
     }
+}
+
+/// What a QEMU that runs already has.
+pub async fn of(qmp: &Qmp) -> Result<Accelerator> {
+    let kvm = qmp.execute("query-kvm", json!({})).await?;
+    Ok(if kvm["enabled"] == true { Accelerator::Kvm } else { Accelerator::Tcg })
 }
 
 /// On a thread of its own: it takes some milliseconds, and longer where KVM is broken.

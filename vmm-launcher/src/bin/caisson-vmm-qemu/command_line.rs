@@ -11,6 +11,7 @@ use caisson_vmm_launcher::{
 
 use crate::{
     accelerator::Accelerator,
+    card::Card,
     hotplug,
     options::{MachineType, Options},
     saved::Saved,
@@ -153,11 +154,11 @@ impl CommandLine {
         self.device("virtio-blk", id, &format!("drive=disk-{id},serial={id}"));
     }
 
-    pub fn net(&mut self, id: &str, net: &Net) {
-        // Several queue pairs need a tap that was made for them.
-        let (queues, several) =
-            if net.queue_pairs > 1 { (format!(",queues={}", net.queue_pairs), ",mq=on") } else { (String::new(), "") };
-        self.push("-netdev", format!("tap,id=net-{id},ifname={},script=no,downscript=no{queues}", net.tap));
+    pub fn net(&mut self, id: &str, net: &Net, card: Card) {
+        let several = if card.taps.len() > 1 { ",mq=on" } else { "" };
+        let vhost = if card.vhosts.is_empty() { "" } else { ",vhost=on,vhostfds=" };
+        let (taps, vhosts) = (self.inherit_all(card.taps), self.inherit_all(card.vhosts));
+        self.push("-netdev", format!("tap,id=net-{id},fds={taps}{vhost}{vhosts}"));
         self.device("virtio-net", id, &format!("netdev=net-{id},mac={}{several}{}", net.mac, self.no_rom()));
     }
 
@@ -279,6 +280,11 @@ impl CommandLine {
         self.arguments.extend(flags.iter().map(|flag| (*flag).to_owned()));
     }
 
+    /// Their numbers, as an argument lists them.
+    fn inherit_all(&mut self, fds: Vec<OwnedFd>) -> String {
+        fds.into_iter().map(|fd| self.inherit(fd).to_string()).collect::<Vec<_>>().join(":")
+    }
+
     fn inherit(&mut self, fd: OwnedFd) -> RawFd {
         let number = fd.as_raw_fd();
         self.descriptors.push(fd);
@@ -369,6 +375,30 @@ mod tests {
         let mut line = line(MachineType::Q35);
         line.block("root", &Block { path: "/a,read-only=off".into(), read_only: true, ..Default::default() });
         assert!(value(&line, "-blockdev").ends_with("read-only=on,file.driver=file,file.filename=/a,,read-only=off"));
+    }
+
+    fn card(queues: usize, with_vhost: bool) -> Card {
+        let files = |count| (0..count).map(|_| std::fs::File::open("/dev/null").unwrap().into()).collect();
+        Card { taps: files(queues), vhosts: files(if with_vhost { queues } else { 0 }) }
+    }
+
+    #[test]
+    fn a_card_is_on_descriptors_that_qemu_inherits() {
+        let net = Net { tap: "tap0".into(), mac: "02:00:00:00:00:01".into(), ..Default::default() };
+        let mut line = line(MachineType::Microvm);
+        line.net("net", &net, card(2, true));
+        let [a, b, c, d] = [0, 1, 2, 3].map(|at| line.descriptors[at].as_raw_fd());
+        assert_eq!(value(&line, "-netdev"), format!("tap,id=net-net,fds={a}:{b},vhost=on,vhostfds={c}:{d}"));
+        let device = "virtio-net-device,id=net,netdev=net-net,mac=02:00:00:00:00:01,mq=on";
+        assert_eq!(line.arguments.last().unwrap(), device);
+    }
+
+    #[test]
+    fn a_card_does_without_vhost_where_there_is_none() {
+        let mut line = line(MachineType::Microvm);
+        line.net("net", &Net::default(), card(1, false));
+        let fd = line.descriptors[0].as_raw_fd();
+        assert_eq!(value(&line, "-netdev"), format!("tap,id=net-net,fds={fd}"));
     }
 
     #[test]

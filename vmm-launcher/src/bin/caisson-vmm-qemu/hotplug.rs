@@ -2,7 +2,7 @@
 //!
 //! It keeps no state of the VM; what it remembers is which slot has which device.
 
-use std::{collections::HashMap, sync::Mutex, time::Duration};
+use std::{collections::HashMap, os::fd::OwnedFd, sync::Mutex, time::Duration};
 
 use caisson_protocol::vmm::{Device, device::Kind};
 use caisson_vmm_launcher::{Error, Result, qmp::Qmp, request, vfio::HostDevice};
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use crate::{command_line::block_driver, options::MachineType};
+use crate::{accelerator, card::Card, command_line::block_driver, options::MachineType};
 
 /// A guest without a working driver never lets go of a device.
 const DETACH_DEADLINE: Duration = Duration::from_secs(20);
@@ -77,13 +77,18 @@ impl Slots {
     pub async fn attach(&self, device: &Device, qmp: &Qmp) -> Result<String> {
         let id = device.id.as_str();
         self.may_be_filled()?;
-        let Parts { add, forget, mut device_add, address } = parts(device)?;
+        let Parts { give, add, forget, mut device_add, address } = parts(device, qmp).await?;
         let slot = self.take(id, &forget)?;
         device_add["id"] = id.into();
         device_add["bus"] = bus(slot).into();
         let attached = async {
-            if let Some((command, arguments)) = add {
-                qmp.execute(command, arguments).await?;
+            let given: Vec<_> = give.iter().map(|(name, _)| name.clone()).collect();
+            if let Err(error) = add_host_side(give, add, qmp).await {
+                for name in given {
+                    // What QEMU did not get or has used up already it does not know.
+                    let _ = qmp.execute("closefd", json!({ "fdname": name })).await;
+                }
+                return Err(error);
             }
             if let Err(error) = qmp.execute("device_add", device_add).await {
                 if let Some((command, arguments)) = forget {
@@ -168,13 +173,25 @@ impl Slots {
 
 /// What makes and ends a device: its host's side, and then its guest's side.
 struct Parts {
+    /// Descriptors that `add` names.
+    give: Vec<(String, OwnedFd)>,
     add: Option<(&'static str, Value)>,
     forget: Option<Forget>,
     device_add: Value,
     address: String,
 }
 
-fn parts(device: &Device) -> Result<Parts> {
+async fn add_host_side(give: Vec<(String, OwnedFd)>, add: Option<(&'static str, Value)>, qmp: &Qmp) -> Result<()> {
+    for (name, descriptor) in give {
+        qmp.give(&name, descriptor).await?;
+    }
+    match add {
+        Some((command, arguments)) => qmp.execute(command, arguments).await.map(drop),
+        None => Ok(()),
+    }
+}
+
+async fn parts(device: &Device, qmp: &Qmp) -> Result<Parts> {
     let id = device.id.as_str();
     match request::kind(device)? {
         Kind::Block(block) => {
@@ -182,6 +199,7 @@ fn parts(device: &Device) -> Result<Parts> {
             let file = json!({ "driver": block_driver(&block.path), "filename": block.path });
             let add = json!({ "driver": "raw", "node-name": node, "read-only": block.read_only, "file": file });
             Ok(Parts {
+                give: Vec::new(),
                 add: Some(("blockdev-add", add)),
                 forget: Some(("blockdev-del".to_owned(), json!({ "node-name": node }))),
                 device_add: json!({ "driver": "virtio-blk-pci", "drive": node, "serial": id }),
@@ -190,25 +208,41 @@ fn parts(device: &Device) -> Result<Parts> {
         }
         Kind::Net(net) => {
             let netdev = format!("net-{id}");
-            let mut add = json!({ "type": "tap", "id": netdev, "ifname": net.tap, "script": "no", "downscript": "no" });
-            let mut device_add = json!({ "driver": "virtio-net-pci", "netdev": netdev, "mac": net.mac, "romfile": "" });
-            if net.queue_pairs > 1 {
-                add["queues"] = net.queue_pairs.into();
-                device_add["mq"] = true.into();
+            let card = Card::open(net, accelerator::of(qmp).await?)?;
+            let several = card.taps.len() > 1;
+            let device_add =
+                json!({ "driver": "virtio-net-pci", "netdev": netdev, "mac": net.mac, "romfile": "", "mq": several });
+            let mut give = named(&format!("tap-{id}"), card.taps);
+            let mut add = json!({ "type": "tap", "id": netdev, "fds": names(&give) });
+            if !card.vhosts.is_empty() {
+                let vhosts = named(&format!("vhost-{id}"), card.vhosts);
+                add["vhost"] = true.into();
+                add["vhostfds"] = names(&vhosts).into();
+                give.extend(vhosts);
             }
             let forget = Some(("netdev_del".to_owned(), json!({ "id": netdev })));
-            Ok(Parts { add: Some(("netdev_add", add)), forget, device_add, address: String::new() })
+            Ok(Parts { give, add: Some(("netdev_add", add)), forget, device_add, address: String::new() })
         }
         Kind::Vfio(vfio) => {
             let host = HostDevice::find(&vfio.address)?.address;
             let device_add = json!({ "driver": "vfio-pci", "host": host });
-            Ok(Parts { add: None, forget: None, device_add, address: String::new() })
+            Ok(Parts { give: Vec::new(), add: None, forget: None, device_add, address: String::new() })
         }
         other => {
             let kind = request::kind_name(other);
             Err(Error::Unsupported(format!("attaching a {kind} device is not supported with qemu")))
         }
     }
+}
+
+/// `descriptors` with names that begin with `prefix`.
+fn named(prefix: &str, descriptors: Vec<OwnedFd>) -> Vec<(String, OwnedFd)> {
+    (0..).zip(descriptors).map(|(number, fd)| (format!("{prefix}-{number}"), fd)).collect()
+}
+
+/// As an argument lists them.
+fn names(descriptors: &[(String, OwnedFd)]) -> String {
+    descriptors.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(":")
 }
 
 #[cfg(test)]

@@ -37,6 +37,7 @@ use tracing::{debug, info};
 use self::adoption::Sockets;
 use crate::{
     accelerator::{self, Accelerator},
+    card::Card,
     command_line::{CommandLine, Socket},
     helpers::{Helpers, KnownHelpers},
     hotplug::Slots,
@@ -289,7 +290,7 @@ async fn start_with(
     }
     let mut devices = Vec::with_capacity(vm.devices.len());
     for device in &vm.devices {
-        let address = add(device, Path::new(&request.run_dir), &lifetime, &mut line, helpers)?;
+        let address = add(device, accelerator, Path::new(&request.run_dir), &lifetime, &mut line, helpers)?;
         devices.push(GuestDevice { id: device.id.clone(), address, ..Default::default() });
     }
     let incoming = saved.map(|saved| line.incoming(saved));
@@ -410,6 +411,7 @@ impl Qemu {
 /// Adds one device, and answers where the guest finds it.
 fn add(
     device: &Device,
+    accelerator: Accelerator,
     run_dir: &Path,
     lifetime: &Lifetime,
     line: &mut CommandLine,
@@ -423,7 +425,7 @@ fn add(
             Ok(format!("serial:{id}"))
         }
         Kind::Net(net) => {
-            line.net(id, net);
+            line.net(id, net, Card::open(net, accelerator)?);
             Ok(String::new())
         }
         Kind::Vsock(vsock) => {

@@ -2,7 +2,7 @@
 //! cannot be quoted.
 
 use std::{
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsRawFd, OwnedFd, RawFd},
     path::Path,
 };
 
@@ -75,14 +75,15 @@ impl CommandLine {
         Ok(())
     }
 
-    pub fn net(&mut self, id: &str, net: &Net) {
-        self.push("-netdev", format!("tap,id=net-{id},ifname={}", net.tap));
+    /// `tap` is the interface's one queue.
+    pub fn net(&mut self, id: &str, net: &Net, tap: OwnedFd) {
+        let fd = self.inherit(tap);
+        self.push("-netdev", format!("tap,id=net-{id},fd={fd}"));
         self.push("-device", format!("virtio-net-device,netdev=net-{id},id={id},mac={}", net.mac));
     }
 
     pub fn vsock(&mut self, id: &str, cid: u32, vhost: OwnedFd) {
-        let fd = vhost.as_raw_fd();
-        self.descriptors.push(vhost);
+        let fd = self.inherit(vhost);
         self.push("-device", format!("vhost-vsock-device,id={id},guest-cid={cid},vhostfd={fd}"));
     }
 
@@ -110,6 +111,12 @@ impl CommandLine {
 
     fn push(&mut self, flag: &str, value: impl Into<String>) {
         self.arguments.extend([flag.to_owned(), value.into()]);
+    }
+
+    fn inherit(&mut self, fd: OwnedFd) -> RawFd {
+        let number = fd.as_raw_fd();
+        self.descriptors.push(fd);
+        number
     }
 }
 
@@ -154,6 +161,15 @@ mod tests {
     #[test]
     fn memory_is_shared_with_device_backends() {
         assert!(line(|_| {}).unwrap().arguments.contains(&"microvm,dump-guest-core=off,mem-share=on".into()));
+    }
+
+    #[test]
+    fn a_card_is_on_a_descriptor_that_stratovirt_inherits() {
+        let mut line = line(|_| {}).unwrap();
+        let net = Net { tap: "tap0".into(), mac: "02:00:00:00:00:01".into(), ..Default::default() };
+        line.net("net", &net, std::fs::File::open("/dev/null").unwrap().into());
+        let fd = line.descriptors[0].as_raw_fd();
+        assert!(line.arguments.contains(&format!("tap,id=net-net,fd={fd}")), "{line:?}");
     }
 
     #[test]

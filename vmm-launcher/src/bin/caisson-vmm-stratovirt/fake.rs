@@ -155,6 +155,11 @@ impl Fake {
     }
 
     fn delete(&mut self, id: &str) -> Result<(), String> {
+        let is_plugged = self.slots.iter().any(|((is_card, _), device)| *is_card && device == id);
+        if is_plugged {
+            // It opens the tap once more, which it has open.
+            return Err(format!("{id}: failed to update config."));
+        }
         self.slots.retain(|_, device| device != id);
         self.known.remove(id).map(drop).ok_or_else(|| format!("Device {id} not found"))
     }

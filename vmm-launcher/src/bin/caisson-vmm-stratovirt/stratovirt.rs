@@ -28,6 +28,7 @@ use caisson_vmm_launcher::{
     qmp::Qmp,
     request,
     size::Size,
+    tap,
     virtiofsd::{Virtiofsd, any_failed},
     vm::exit,
 };
@@ -306,7 +307,7 @@ impl<'a> Plan<'a> {
             Kind::Net(net) => {
                 single_queue(id, net)?;
                 self.slots.take(id, kind)?;
-                self.line.net(id, net);
+                tap::open(net)?.into_iter().for_each(|queue| self.line.net(id, net, queue));
             }
             Kind::Vsock(vsock) => {
                 let device = GuestVsock::open(Path::new(&vsock.socket), self.run_dir, &Lifetime::of_launcher())?;

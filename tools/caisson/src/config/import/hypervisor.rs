@@ -120,7 +120,7 @@ pub(super) const HYPERVISOR: &[Rule] = &[
     nothing("net_rate_limiter_ops_one_time_burst", RATE),
     nothing("rx_rate_limiter_max_rate", RATE),
     nothing("tx_rate_limiter_max_rate", RATE),
-    same("disable_vhost_net", "caisson's launchers do not use vhost-net yet"),
+    same("disable_vhost_net", "with QEMU on KVM, caisson takes vhost-net where the host has it"),
     same("network_queues", "caisson gives an interface one pair of queues"),
     same_with("shared_fs", convert::shared_fs, UNKNOWN_HERE),
     same("virtio_fs_daemon", UNKNOWN_HERE),

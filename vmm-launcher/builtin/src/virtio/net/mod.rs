@@ -125,8 +125,8 @@ impl Net {
     /// # Errors
     /// When there is no such tap, or it cannot be used; the message says what to do.
     pub fn open(net: &vmm::Net) -> Result<Self> {
-        let pairs = net.queue_pairs.clamp(1, u16::MAX.into()) as usize;
-        let taps = Tap::open_queues(&net.tap, pairs)?;
+        let taps = Tap::open_queues(net)?;
+        let pairs = taps.len();
         let mut config = [0; 10];
         config[..6].copy_from_slice(&parse_mac(&net.mac)?);
         config[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());

@@ -152,39 +152,6 @@ fn pattern(length: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_tap_that_does_not_exist_is_named_and_not_made() {
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-    assert_eq!(refusal(&request(1)), "there is no network interface tap0");
-    assert!(nix::net::if_::if_nametoindex("tap0").is_err());
-}
-
-#[test]
-fn an_interface_that_is_no_tap_is_refused() {
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-    let net = vmm::Net { tap: "lo".into(), ..request(1) };
-    assert!(refusal(&net).starts_with("the tap interface lo cannot be used: it is not a tap interface"));
-}
-
-#[test]
-fn a_tap_in_use_is_refused() {
-    make_tap(&[]);
-    let _card = Net::open(&request(1)).unwrap();
-    assert!(refusal(&request(1)).starts_with("the tap interface tap0 cannot be used: another program uses it"));
-}
-
-#[test]
-fn several_queues_on_a_tap_with_one_are_refused() {
-    make_tap(&[]);
-    assert!(refusal(&request(2)).contains("multi_queue"));
-}
-
-#[test]
-fn one_queue_of_a_tap_with_several_is_used() {
-    make_tap(&["multi_queue"]);
-    Net::open(&request(1)).unwrap();
-}
-
-#[test]
 fn an_address_that_is_none_is_refused() {
     make_tap(&[]);
     let refuse = |mac: &str| refusal(&vmm::Net { mac: mac.into(), ..request(1) });

@@ -1,15 +1,18 @@
 //! A Cloud Hypervisor that has an API and nothing behind it. It refuses what the real one was seen to refuse: a
-//! configuration that contradicts itself, values of another type, calls in the wrong state, bodies where there are to be none.
+//! configuration that contradicts itself, values of another type, calls in the wrong state, bodies where there are to be
+//! none, network cards without as many descriptors as they have pairs of queues.
 
 use std::collections::HashSet;
 
-use hyper::{Method, StatusCode};
+use hyper::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, from_value, json};
 use tokio::net::UnixStream;
 
 #[path = "../../../../tests/fakes/http_server.rs"]
 mod http_server;
+
+use http_server::Asked;
 
 /// What the VM does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,6 +29,7 @@ enum Vm {
 pub struct Fake {
     vm: Vm,
     devices: HashSet<String>,
+    boot_vcpus: usize,
     max_vcpus: u64,
     memory: u64,
     hotplug_memory: u64,
@@ -52,7 +56,6 @@ body!(Config {
     landlock_enable: bool,
     landlock_rules: Option<Vec<Rule>>,
     disks: Option<Vec<Disk>>,
-    net: Option<Vec<Net>>,
     fs: Option<Vec<Fs>>,
     pmem: Option<Vec<Pmem>>,
     vsock: Option<Vsock>,
@@ -65,7 +68,7 @@ body!(Payload { kernel: String, cmdline: String, initramfs: Option<String> });
 body!(Console { mode: String, socket: Option<String> });
 body!(Rule { path: String, access: String });
 body!(Disk { id: String, path: String, readonly: bool, serial: String, image_type: String });
-body!(Net { id: String, tap: String, mac: String, num_queues: u64 });
+body!(Net { id: String, mac: String, num_queues: usize });
 body!(Fs { id: String, tag: String, socket: String, num_queues: u64, queue_size: u64 });
 body!(Pmem { id: String, file: String, discard_writes: bool });
 body!(Vsock { id: String, cid: u64, socket: String });
@@ -75,7 +78,8 @@ body!(Resize { desired_vcpus: Option<u64>, desired_ram: Option<u64> });
 body!(Passthrough { id: String, path: String });
 body!(Remove { id: String });
 body!(Destination { destination_url: String });
-body!(Source { source_url: String });
+body!(Source { source_url: String, net_fds: Option<Vec<RestoredNet>> });
+body!(RestoredNet { id: String, num_fds: usize });
 
 type Done = Result<Option<Value>, &'static str>;
 
@@ -91,7 +95,7 @@ impl Fake {
     }
 
     fn serve_itself(mut self) -> UnixStream {
-        http_server::serve(move |method, path, body| match self.answer(method, path, body) {
+        http_server::serve(move |asked| match self.answer(asked) {
             Ok(None) => (StatusCode::NO_CONTENT, None),
             Ok(answer) => (StatusCode::OK, answer),
             Err(NOT_FOUND) => (StatusCode::NOT_FOUND, Some(json!([NOT_FOUND]))),
@@ -100,7 +104,9 @@ impl Fake {
         })
     }
 
-    fn answer(&mut self, method: &Method, path: &str, body: Option<Value>) -> Done {
+    fn answer(&mut self, asked: Asked<'_>) -> Done {
+        let Asked { method, path, body, descriptors } = asked;
+        let came = descriptors.len();
         let what = path.strip_prefix("/api/v1/").ok_or(NOT_FOUND)?;
         if self.without == Some(what) {
             return Err(NOT_FOUND);
@@ -120,23 +126,23 @@ impl Fake {
             ("PUT", "vm.restore", Some(body)) => {
                 let source: Source = read(body)?;
                 url(&source.source_url)?;
+                let wanted = source.net_fds.iter().flatten().map(|card| card.num_fds).sum::<usize>();
+                (came == wanted).then_some(()).ok_or("bad request")?;
                 self.change(&[Vm::None], "VM is already created", Vm::Paused)
             }
             ("PUT", "vm.resize", Some(body)) => self.resize(&read(body)?),
             ("PUT", "vm.add-disk", Some(body)) => read::<Disk>(body).and_then(|disk| self.add(disk.id, 5)),
-            ("PUT", "vm.add-net", Some(body)) => read::<Net>(body).and_then(|net| self.add(net.id, 6)),
+            ("PUT", "vm.add-net", Some(body)) => self.add_net(read(body)?, came),
             ("PUT", "vm.add-pmem", Some(body)) => read::<Pmem>(body).and_then(|pmem| self.add(pmem.id, 7)),
             ("PUT", "vm.add-fs", Some(body)) => {
                 let fs: Fs = read(body)?;
                 self.shared_memory.then_some(()).ok_or(NOT_SHARED)?;
                 self.add(fs.id, 8)
             }
-            // Before the boot it is only noted down.
             ("PUT", "vm.add-device", Some(body)) => {
                 let device: Passthrough = read(body)?;
                 device.path.starts_with("/sys/bus/pci/devices/").then_some(()).ok_or("invalid path")?;
-                let noted = self.vm == Vm::Configured;
-                self.add(device.id, 9).map(|answer| answer.filter(|_| !noted))
+                self.add(device.id, 9)
             }
             ("PUT", "vm.remove-device", Some(body)) => {
                 let remove: Remove = read(body)?;
@@ -164,13 +170,13 @@ impl Fake {
             return Err(NOT_SHARED);
         }
         let disks = config.disks.iter().flatten().map(|disk| disk.id.clone());
-        let net = config.net.iter().flatten().map(|net| net.id.clone());
         let fs = config.fs.iter().flatten().map(|fs| fs.id.clone());
         let pmem = config.pmem.iter().flatten().map(|pmem| pmem.id.clone());
         let vsock = config.vsock.iter().map(|vsock| vsock.id.clone());
-        for id in disks.chain(net).chain(fs).chain(pmem).chain(vsock) {
+        for id in disks.chain(fs).chain(pmem).chain(vsock) {
             self.devices.insert(id).then_some(()).ok_or("Identifier is not unique")?;
         }
+        self.boot_vcpus = config.cpus.boot_vcpus as usize;
         self.max_vcpus = config.cpus.max_vcpus;
         self.memory = config.memory.size;
         self.hotplug_memory = config.memory.hotplug_size.unwrap_or_default();
@@ -191,12 +197,21 @@ impl Fake {
         Ok(None)
     }
 
+    fn add_net(&mut self, net: Net, descriptors: usize) -> Done {
+        // Without descriptors it would make a tap of its own.
+        (net.num_queues == 2 * descriptors).then_some(()).ok_or("Number of queues to virtio_net does not match fds")?;
+        (descriptors <= self.boot_vcpus).then_some(()).ok_or("Number of queues is larger than the number of vCPUs")?;
+        self.add(net.id, 6)
+    }
+
+    /// Before the boot it is only noted down.
     fn add(&mut self, id: String, slot: u8) -> Done {
         if self.vm == Vm::None {
             return Err("VM is not created");
         }
         let answer = json!({ "id": id, "bdf": format!("0000:00:{slot:02x}.0") });
-        if self.devices.insert(id) { Ok(Some(answer)) } else { Err("Identifier is not unique") }
+        self.devices.insert(id).then_some(()).ok_or("Identifier is not unique")?;
+        Ok(Some(answer).filter(|_| self.vm != Vm::Configured))
     }
 
     /// It is not what it is already: unlike others, this one refuses a pause of what is paused.

@@ -75,10 +75,15 @@ impl Api {
         self.put("vm.create", configuration).await
     }
 
-    /// Makes the VM that a snapshot in `directory` holds, paused; the directory as Cloud Hypervisor sees it.
-    pub async fn restore(&self, directory: &str) -> Result<()> {
-        let body = json!({ "source_url": format!("file://{directory}") });
-        self.request(Method::PUT, "vm.restore", Some(&body), SNAPSHOT_DEADLINE).await.map(drop)
+    /// Makes the VM that a snapshot in `directory` holds, paused; the directory as Cloud Hypervisor sees it. `cards` are
+    /// all network cards that the VM has, with their open taps.
+    pub async fn restore(&self, directory: &str, cards: Vec<(String, Vec<OwnedFd>)>) -> Result<()> {
+        let mut body = json!({ "source_url": format!("file://{directory}") });
+        if !cards.is_empty() {
+            body["net_fds"] = cards.iter().map(|(id, taps)| json!({ "id": id, "num_fds": taps.len() })).collect();
+        }
+        let taps = cards.into_iter().flat_map(|(_, taps)| taps).collect();
+        self.request_with(Method::PUT, "vm.restore", Some(&body), taps, SNAPSHOT_DEADLINE).await.map(drop)
     }
 
     /// Starts the guest.
@@ -117,15 +122,16 @@ impl Api {
         self.put("vm.resize", &json!({ "desired_ram": mib << 20 })).await
     }
 
-    /// Adds a device to the list of the configuration that it belongs to.
+    /// Adds a device to the list of the configuration that it belongs to. A network card comes with its open `taps`.
     /// Answers where the guest finds it, if there is a guest already.
-    pub async fn add(&self, list: &str, device: &Value) -> Result<Option<String>> {
+    pub async fn add(&self, list: &str, device: &Value, taps: Vec<OwnedFd>) -> Result<Option<String>> {
         let kind = match list {
             "disks" => "disk",
             "devices" => "device",
             kind => kind,
         };
-        let added = self.request(Method::PUT, &format!("vm.add-{kind}"), Some(device), ADD_DEADLINE).await?;
+        let what = format!("vm.add-{kind}");
+        let added = self.request_with(Method::PUT, &what, Some(device), taps, ADD_DEADLINE).await?;
         Ok(added["bdf"].as_str().map(str::to_owned))
     }
 
@@ -154,6 +160,17 @@ impl Api {
     }
 
     async fn request(&self, method: Method, what: &str, body: Option<&Value>, limit: Duration) -> Result<Value> {
-        self.0.request(method, &format!("/api/v1/{what}"), body, limit).await
+        self.request_with(method, what, body, Vec::new(), limit).await
+    }
+
+    async fn request_with(
+        &self,
+        method: Method,
+        what: &str,
+        body: Option<&Value>,
+        descriptors: Vec<OwnedFd>,
+        limit: Duration,
+    ) -> Result<Value> {
+        self.0.request_with(method, &format!("/api/v1/{what}"), body, descriptors, limit).await
     }
 }

@@ -1,6 +1,6 @@
 //! What is sent, against a fake that refuses as Cloud Hypervisor does.
 
-use std::path::Path;
+use std::{fs::File, os::fd::OwnedFd, path::Path};
 
 use caisson_protocol::vmm::{
     Balloon, Block, CapabilitiesResponse, Device, Fs, Net, Pmem, Rng, Vfio, VmConfig, Vsock, device::Kind,
@@ -30,7 +30,17 @@ fn share(id: &str) -> Device {
 }
 
 fn vm(devices: Vec<Device>) -> VmConfig {
-    VmConfig { vcpus: 1, max_vcpus: 4, memory_mib: 256, max_memory_mib: 512, devices, ..Default::default() }
+    VmConfig { vcpus: 2, max_vcpus: 4, memory_mib: 256, max_memory_mib: 512, devices, ..Default::default() }
+}
+
+fn card(queue_pairs: u32) -> Device {
+    let net = Net { tap: "tap0".into(), mac: "02:00:00:00:00:01".into(), queue_pairs, ..Default::default() };
+    device("net", Kind::Net(net))
+}
+
+/// What stands for open taps here.
+fn taps(count: usize) -> Vec<OwnedFd> {
+    (0..count).map(|_| File::open("/dev/null").unwrap().into()).collect()
 }
 
 async fn created(devices: Vec<Device>) -> Api {
@@ -42,10 +52,8 @@ async fn created(devices: Vec<Device>) -> Api {
 
 #[tokio::test]
 async fn a_vm_with_every_device_lives_through_everything() {
-    let net = Net { tap: "tap0".into(), mac: "02:00:00:00:00:01".into(), queue_pairs: 2, ..Default::default() };
     let api = created(vec![
         disk("root"),
-        device("net", Kind::Net(net)),
         device("vsock", Kind::Vsock(Vsock { socket: "/s".into(), ..Default::default() })),
         share("share"),
         device("pmem", Kind::Pmem(Pmem { path: "/p".into(), ..Default::default() })),
@@ -54,10 +62,12 @@ async fn a_vm_with_every_device_lives_through_everything() {
     ])
     .await;
     assert_eq!(api.ping().await.unwrap(), "v53.0");
+    let (list, body) = hotpluggable(&card(2)).unwrap();
+    api.add(list, &body, taps(2)).await.unwrap();
     api.boot().await.unwrap();
     for late in [disk("late"), share("late-share")] {
         let (list, body) = hotpluggable(&late).unwrap();
-        api.add(list, &body).await.unwrap();
+        api.add(list, &body, Vec::new()).await.unwrap();
     }
     api.remove_device("late").await.unwrap();
     api.resize_vcpus(4).await.unwrap();
@@ -74,19 +84,33 @@ async fn a_device_of_the_host_has_its_place_once_there_is_a_guest() {
     let gpu = |id| device(id, Kind::Vfio(Vfio { address: "0000:41:00.0".into(), ..Default::default() }));
     let api = created(vec![gpu("first")]).await;
     let (list, body) = hotpluggable(&gpu("first")).unwrap();
-    assert_eq!(api.add(list, &body).await.unwrap(), None);
+    assert_eq!(api.add(list, &body, Vec::new()).await.unwrap(), None);
     api.boot().await.unwrap();
     let (list, body) = hotpluggable(&gpu("late")).unwrap();
-    assert_eq!(api.add(list, &body).await.unwrap().as_deref(), Some("0000:00:09.0"));
-    assert!(api.add(list, &body).await.is_err());
+    assert_eq!(api.add(list, &body, Vec::new()).await.unwrap().as_deref(), Some("0000:00:09.0"));
+    assert!(api.add(list, &body, Vec::new()).await.is_err());
     api.remove_device("late").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_card_needs_a_tap_for_each_pair_of_queues() {
+    let api = created(Vec::new()).await;
+    let (list, body) = hotpluggable(&card(2)).unwrap();
+    assert!(api.add(list, &body, taps(1)).await.is_err());
+    assert!(api.add(list, &body, Vec::new()).await.is_err());
+    api.add(list, &body, taps(2)).await.unwrap();
 }
 
 #[tokio::test]
 async fn a_snapshot_becomes_a_paused_vm() {
     let api = api().await;
-    api.restore("/snapshot").await.unwrap();
+    api.restore("/snapshot", Vec::new()).await.unwrap();
     api.resume().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_cards_of_a_snapshot_get_other_taps() {
+    api().await.restore("/snapshot", vec![("a".into(), taps(1)), ("b".into(), taps(2))]).await.unwrap();
 }
 
 #[tokio::test]
@@ -115,7 +139,7 @@ async fn a_share_cannot_come_to_a_guest_whose_memory_is_its_own() {
     let api = created(Vec::new()).await;
     api.boot().await.unwrap();
     let (list, body) = hotpluggable(&share("late")).unwrap();
-    let refusal = api.add(list, &body).await.unwrap_err().to_string();
+    let refusal = api.add(list, &body, Vec::new()).await.unwrap_err().to_string();
     assert!(refusal.ends_with("requires using shared memory or huge pages"), "{refusal}");
 }
 
@@ -124,7 +148,7 @@ async fn two_devices_have_two_names() {
     let api = created(vec![disk("root")]).await;
     api.boot().await.unwrap();
     let (list, body) = hotpluggable(&disk("root")).unwrap();
-    assert!(api.add(list, &body).await.is_err());
+    assert!(api.add(list, &body, Vec::new()).await.is_err());
     assert!(api.remove_device("nothing").await.is_err());
 }
 

@@ -78,7 +78,7 @@ impl Fake {
     }
 
     fn serve_itself(mut self) -> UnixStream {
-        http_server::serve(move |method, path, body| match self.answer(method, path, body) {
+        http_server::serve(move |asked| match self.answer(asked.method, asked.path, asked.body) {
             Ok(()) => (StatusCode::NO_CONTENT, None),
             Err(fault) => (StatusCode::BAD_REQUEST, Some(json!({ "fault_message": fault }))),
         })
