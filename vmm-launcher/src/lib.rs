@@ -17,6 +17,7 @@ pub mod request;
 
 pub mod ability;
 pub mod ask;
+pub mod balloon;
 pub mod block_driver;
 pub mod console;
 pub mod guest_vsock;

@@ -21,7 +21,10 @@ use tokio::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
-    sync::{broadcast, oneshot, watch},
+    sync::{
+        broadcast::{self, error::RecvError},
+        oneshot, watch,
+    },
     time::timeout,
 };
 use tracing::debug;
@@ -146,6 +149,21 @@ impl Qmp {
     /// Events from now on.
     pub fn events(&self) -> broadcast::Receiver<Value> {
         self.shared.events.subscribe()
+    }
+
+    /// Waits for one of `events` that has one of `names`. So many came that some were missed: it may be among those.
+    ///
+    /// # Errors
+    /// When the hypervisor has ended.
+    pub async fn next(&self, events: &mut broadcast::Receiver<Value>, names: &[&str]) -> Result<()> {
+        loop {
+            match events.recv().await {
+                Ok(event) if names.iter().any(|name| event["event"] == *name) => return Ok(()),
+                Err(RecvError::Lagged(_)) => return Ok(()),
+                Ok(_) => {}
+                Err(RecvError::Closed) => return Err(Error::Hypervisor(format!("{} has ended", self.hypervisor))),
+            }
+        }
     }
 
     /// The reason in the last `SHUTDOWN` event.

@@ -1,6 +1,6 @@
 //! How big a VM is: as it was made, as it is now, and as it can become while it runs.
 
-use caisson_protocol::vmm::VmConfig;
+use caisson_protocol::vmm::{VmConfig, device::Kind};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -30,6 +30,8 @@ pub struct Sizes {
     pub most: Size,
     /// As it is.
     pub now: Size,
+    /// Whether it has a balloon, which takes memory from the guest.
+    pub balloon: bool,
 }
 
 impl Sizes {
@@ -37,7 +39,8 @@ impl Sizes {
     pub fn of(vm: &VmConfig) -> Self {
         let first = Size::of(vm);
         let most = Size { vcpus: vm.vcpus.max(vm.max_vcpus), memory_mib: vm.memory_mib.max(vm.max_memory_mib) };
-        Self { first, most, now: first }
+        let balloon = vm.devices.iter().any(|device| matches!(device.kind, Some(Kind::Balloon(_))));
+        Self { first, most, now: first, balloon }
     }
 
     /// # Errors
@@ -63,6 +66,24 @@ impl Sizes {
             "{wanted_mib} MiB of memory cannot be had while the VM runs: {least} to {most}, which its max_memory_mib says"
         )))
     }
+
+    /// # Errors
+    /// When there is no balloon that can hold so much: it takes from the memory that the VM was made with.
+    pub fn can_give(&self, wanted_mib: u64) -> Result<()> {
+        let most = self.first.memory_mib;
+        if wanted_mib >= most {
+            return Err(Error::Invalid(format!("a balloon cannot hold {wanted_mib} MiB of a guest's {most} MiB")));
+        }
+        if !self.balloon {
+            return Err(no_balloon());
+        }
+        Ok(())
+    }
+}
+
+/// What is said of a VM whose balloon is to be resized and that has none.
+pub fn no_balloon() -> Error {
+    Error::Invalid("the VM has no balloon device".into())
 }
 
 #[cfg(test)]

@@ -179,8 +179,9 @@ const BATCHES: [Batch; 22] = [
     Batch::builtin("built-in VMM: pods that come and go", "binary(end_to_end) and test(/^cycles::/)", BatchGuest::Own),
     Batch::builtin("built-in VMM: a compressed kernel", SIGN_OF_LIFE, BatchGuest::OwnCompressed),
     Batch::builtin("built-in VMM: Debian's kernel", "binary(end_to_end) and test(/^pod::/)", BatchGuest::Debian),
-    Batch::qemu("QEMU with KVM: pods", "binary(end_to_end) and test(/^pod::/)", BatchGuest::Own),
-    Batch::qemu("QEMU q35 with KVM", SIGN_OF_LIFE, BatchGuest::Own).with_options("accel=kvm machine_type=q35"),
+    Batch::qemu("QEMU microvm with KVM: containers and pods", CONTAINERS, BatchGuest::Own),
+    Batch::qemu("QEMU q35 with KVM: containers and pods", CONTAINERS, BatchGuest::Own)
+        .with_options("accel=kvm machine_type=q35"),
     Batch::qemu("QEMU with KVM: Debian's kernel", SIGN_OF_LIFE, BatchGuest::Debian),
     Batch::peer("Firecracker: containers and pods", "firecracker", CONTAINERS),
     Batch::peer(

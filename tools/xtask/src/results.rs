@@ -30,6 +30,7 @@ const OPERATIONS: &[(&str, &[&str])] = &[
     ("disks that come and go", &["devices::a_disk"]),
     ("device of the host (VFIO)", &["vfio::"]),
     ("processors and memory that come and go", &["sizes::processors", "sizes::memory", "sizes::more"]),
+    ("balloon", &["balloon::"]),
     ("metrics", &["devices::what"]),
     (
         "bad requests refused",

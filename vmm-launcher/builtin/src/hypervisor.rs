@@ -19,7 +19,7 @@ use caisson_vmm_launcher::{
     metrics::Metrics,
     options::{describe, parse},
     request,
-    size::Size,
+    size::{Sizes, no_balloon},
     virtiofsd::{self, Virtiofsd},
     vm::exit,
 };
@@ -49,7 +49,7 @@ pub struct Builtin {
     console: Console,
     file_servers: Mutex<Vec<Virtiofsd>>,
     violations: Option<Violations>,
-    size: Size,
+    sizes: Sizes,
 }
 
 /// For `Capabilities`.
@@ -136,7 +136,7 @@ impl Hypervisor for Builtin {
             console,
             file_servers: Mutex::new(file_servers),
             violations: confinement.map(Confinement::enter),
-            size: Size::of(config),
+            sizes: Sizes::of(config),
         };
         Ok(Created { hypervisor, devices })
     }
@@ -159,14 +159,9 @@ impl Hypervisor for Builtin {
 
     async fn resize_balloon(&self, request: &ResizeBalloonRequest) -> Result<u64> {
         const VERB: &str = "resize the balloon of";
-        let wanted_mib = request.memory_mib;
-        let has_mib = self.size.memory_mib;
-        if wanted_mib >= has_mib {
-            return Err(Error::Invalid(format!("a balloon cannot hold {wanted_mib} MiB of a guest's {has_mib} MiB")));
-        }
-        let balloon = self.with_machine(VERB, Machine::balloon)?;
-        let mut balloon = balloon.ok_or_else(|| Error::Invalid("the VM has no balloon device".into()))?;
-        balloon.set_target(wanted_mib << 20);
+        self.sizes.can_give(request.memory_mib)?;
+        let mut balloon = self.with_machine(VERB, Machine::balloon)?.ok_or_else(no_balloon)?;
+        balloon.set_target(request.memory_mib << 20);
         // How far the guest has come is an answer too.
         let _ = timeout(Duration::from_millis(request.timeout_ms.into()), balloon.settled()).await;
         self.with_machine(VERB, |_| balloon.actual() >> 20)
@@ -209,7 +204,7 @@ impl Hypervisor for Builtin {
 
     async fn metrics(&self) -> Result<String> {
         let mut metrics = Metrics::default();
-        metrics.size(self.size);
+        metrics.size(self.sizes.now);
         Ok(metrics.text() + &self.with_machine("count for", Machine::metrics)?)
     }
 }

@@ -10,16 +10,14 @@ use caisson_protocol::{
 use tokio::time::timeout;
 
 use crate::{
-    fixture::{Backend, Images, LIMIT, Launcher, device, for_backend, text},
+    fixture::{Backend, Images, LIMIT, Launcher, device, for_each_backend, text},
     integrity,
 };
 
-for_backend!(
-    builtin_only,
-    Builtin,
+for_each_backend!(
     a_balloon_takes_memory_and_gives_it_back,
     a_balloon_that_is_as_large_as_the_guest_is_refused,
-    what_a_guest_does_not_use_any_more_is_the_hosts_again
+    what_a_guest_does_not_use_any_more_is_the_hosts_again,
 );
 
 async fn resize(launcher: &Launcher, memory_mib: u64) -> Result<u64, Status> {
@@ -27,6 +25,21 @@ async fn resize(launcher: &Launcher, memory_mib: u64) -> Result<u64, Status> {
     let request = ResizeBalloonRequest { memory_mib, timeout_ms, ..Default::default() };
     let answer = launcher.client.resize_balloon(deadline(2 * LIMIT), &request).await;
     answer.map(|done| done.memory_mib).map_err(Status::from)
+}
+
+/// Resizes it, and goes on asking a hypervisor that does not tell when the guest has come so far.
+async fn resize_fully(launcher: &Launcher, memory_mib: u64) {
+    let tells = !matches!(launcher.backend, Backend::CloudHypervisor | Backend::Firecracker);
+    let resized = async {
+        loop {
+            match resize(launcher, memory_mib).await.unwrap() {
+                held if held == memory_mib => return,
+                held => assert!(!tells, "the balloon holds {held} MiB"),
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    timeout(LIMIT, resized).await.expect("the guest gives what it is asked for");
 }
 
 async fn metric(launcher: &Launcher, name: &str) -> u64 {
@@ -55,12 +68,16 @@ async fn a_balloon_takes_memory_and_gives_it_back(backend: Backend) {
     launcher.boot().await.unwrap();
     launcher.until_console_has(&log, "guest: up").await;
 
-    assert_eq!(resize(&launcher, 64).await, Ok(64));
-    assert_eq!(metric(&launcher, "actual_bytes").await, 64 << 20);
-    assert!(metric(&launcher, "inflated_bytes_total").await >= 64 << 20);
-    assert_eq!(resize(&launcher, 16).await, Ok(16));
-    assert_eq!(resize(&launcher, 0).await, Ok(0));
-    assert!(metric(&launcher, "deflated_bytes_total").await >= 64 << 20);
+    resize_fully(&launcher, 64).await;
+    if backend == Backend::Builtin {
+        assert_eq!(metric(&launcher, "actual_bytes").await, 64 << 20);
+        assert!(metric(&launcher, "inflated_bytes_total").await >= 64 << 20);
+    }
+    resize_fully(&launcher, 16).await;
+    resize_fully(&launcher, 0).await;
+    if backend == Backend::Builtin {
+        assert!(metric(&launcher, "deflated_bytes_total").await >= 64 << 20);
+    }
 }
 
 async fn a_balloon_that_is_as_large_as_the_guest_is_refused(backend: Backend) {
@@ -97,7 +114,9 @@ async fn what_a_guest_does_not_use_any_more_is_the_hosts_again(backend: Backend)
         }
     };
     timeout(LIMIT, freed).await.expect("the memory comes back");
-    assert!(metric(&launcher, "reported_bytes_total").await > (USED_KIB << 10) / 2);
+    if backend == Backend::Builtin {
+        assert!(metric(&launcher, "reported_bytes_total").await > (USED_KIB << 10) / 2);
+    }
 }
 
 /// Of process `pid`: the line `name` of proc_pid_status(5).

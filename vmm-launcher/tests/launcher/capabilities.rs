@@ -65,15 +65,15 @@ async fn an_installed_one_tells_what_it_can_do(backend: Backend) {
         Backend::CloudHypervisor => (
             &["block", "net", "vsock", "fs", "pmem", "balloon", "rng", "console"],
             &["block", "net", "fs", "pmem"],
-            &["pause", "snapshot", "resize-vcpus", "resize-memory", "adopt"],
+            &["pause", "snapshot", "resize-vcpus", "resize-memory", "resize-balloon", "adopt"],
         ),
         Backend::Firecracker => (
             &["block", "net", "vsock", "pmem", "balloon", "rng", "console"],
             &["block"],
-            &["pause", "snapshot", "resize-memory", "adopt"],
+            &["pause", "snapshot", "resize-balloon", "resize-memory", "adopt"],
         ),
         Backend::StratoVirt => {
-            (&["block", "net", "vsock", "fs", "balloon", "rng", "console"], &["block", "net"], &["adopt"])
+            (&["block", "net", "vsock", "fs", "balloon", "rng", "console"], &["block"], &["resize-balloon", "adopt"])
         }
         Backend::Qemu | Backend::Builtin => unreachable!("they have tests of their own"),
     };

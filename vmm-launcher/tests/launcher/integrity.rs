@@ -7,7 +7,6 @@ use std::{
     env, fs,
     fs::File,
     io::{self, Read, Write},
-    net::TcpListener,
     os::unix::net::UnixStream,
     path::Path,
     time::Duration,
@@ -19,6 +18,7 @@ use caisson_protocol::{
     vmm::{Console, CreateRequest, ExitReason, Fs, VmConfig, Vsock, WaitRequest, WaitResponse, device::Kind},
 };
 use tokio::{
+    net::TcpListener,
     task::{JoinHandle, spawn_blocking},
     time::timeout,
 };
@@ -190,7 +190,7 @@ pub async fn card_keeps_every_byte(backend: Backend, images: &Images, mib: usize
     let queue_pairs = if backend.has_queue_pairs() { 2 } else { 1 };
     // Firecracker takes a tap only if it has one queue.
     network::make(if queue_pairs > 1 { &["multi_queue"] } else { &[] });
-    let listener = network::listen("tap0");
+    let listener = network::listen("tap0").await;
     let launcher = Launcher::start(backend).await;
     let script = format!("{GUEST_SETUP}\nguest-load connect {HOST} {mib}");
     let mut request = request(&launcher, images, &script, &[("net", card("tap0", queue_pairs))]);
@@ -207,8 +207,10 @@ pub async fn card_keeps_every_byte(backend: Backend, images: &Images, mib: usize
 
 /// Moves `mib` each way over the first connection.
 pub fn exchange(listener: TcpListener, mib: usize) -> JoinHandle<io::Result<()>> {
-    spawn_blocking(move || {
-        let (stream, _) = listener.accept()?;
-        pattern::exchange(&stream, &stream, mib)
+    tokio::spawn(async move {
+        let (stream, _) = timeout(LIMIT, listener.accept()).await??;
+        let stream = stream.into_std()?;
+        stream.set_nonblocking(false)?;
+        spawn_blocking(move || pattern::exchange(&stream, &stream, mib)).await?
     })
 }

@@ -1,8 +1,9 @@
 //! A network of the test's own, with taps: the one of the test's thread, which launchers inherit.
 
-use std::{net::TcpListener, process::Command};
+use std::process::Command;
 
 use caisson_protocol::vmm::{Device, Net, device::Kind};
+use tokio::net::TcpListener;
 
 use crate::fixture::device;
 
@@ -23,9 +24,9 @@ pub fn make_tap(name: &str, options: &[&str]) {
 }
 
 /// Has the host behind `tap`, and something that listens.
-pub fn listen(tap: &str) -> TcpListener {
+pub async fn listen(tap: &str) -> TcpListener {
     reach_host_through(tap);
-    TcpListener::bind(HOST).unwrap()
+    TcpListener::bind(HOST).await.unwrap()
 }
 
 /// Has the host behind `tap`.

@@ -47,6 +47,7 @@ const MISSING: &[(&str, &str)] = &[
     ("pause", "acrn-dm cannot pause its guest"),
     ("snapshot", "acrn-dm cannot save its guest"),
     ("resize-vcpus", "ACRN assigns processors when a guest starts"),
+    ("resize-balloon", "acrn-dm has no balloon"),
     ("resize-memory", "ACRN assigns memory when a guest starts"),
     ("tdx", "ACRN has no confidential guests"),
     ("sev-snp", "ACRN has no confidential guests"),

@@ -10,8 +10,8 @@ use std::{
 };
 
 use caisson_protocol::vmm::{
-    CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeMemoryRequest, ResizeVcpusRequest,
-    RestoreRequest, SnapshotRequest, VmConfig, VmState, WaitResponse, device::Kind,
+    CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeBalloonRequest, ResizeMemoryRequest,
+    ResizeVcpusRequest, RestoreRequest, SnapshotRequest, VmConfig, VmState, WaitResponse, device::Kind,
 };
 use caisson_vmm_launcher::{
     Error, Result,
@@ -206,6 +206,13 @@ impl Hypervisor for CloudHypervisor {
         self.api.resize_memory(request.memory_mib).await?;
         self.sizes().now.memory_mib = request.memory_mib;
         Ok(request.memory_mib)
+    }
+
+    /// It does not tell when the guest has come so far: the answer is how far it is now.
+    async fn resize_balloon(&self, request: &ResizeBalloonRequest) -> Result<u64> {
+        self.sizes().can_give(request.memory_mib)?;
+        self.api.resize_balloon(request.memory_mib).await?;
+        self.api.balloon_mib().await
     }
 
     fn kill(&self) {

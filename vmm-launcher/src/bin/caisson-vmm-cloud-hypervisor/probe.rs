@@ -39,6 +39,7 @@ const ABILITIES: &[(Ability, &[&str])] = &[
     (Operation("snapshot"), &["vm.snapshot", "vm.restore"]),
     (Operation("resize-vcpus"), &["vm.resize"]),
     (Operation("resize-memory"), &["vm.resize"]),
+    (Operation("resize-balloon"), &["vm.resize"]),
 ];
 
 /// The version of the Cloud Hypervisor at `path`.

@@ -24,6 +24,9 @@ const ALWAYS: &str = "console=ttyS0 quiet panic=-1 reboot=k caisson.end=reboot r
 const ONLINE: &str = "memhp_default_state=online_movable";
 /// What memory is added by, in MiB.
 pub const MEMORY_SLOT_MIB: u64 = 128;
+/// In seconds: with statistics Firecracker says what a balloon holds, whenever it is asked. The guest's own, which come at
+/// this interval, are of no use here: the longest is 18 hours.
+const BALLOON_STATISTICS_S: u16 = u16::MAX;
 /// Firecracker asks the kernel for random numbers.
 const ENTROPY: [&str; 2] = ["/dev/urandom", "/dev/random"];
 
@@ -97,7 +100,11 @@ impl Configuration {
                 self.call(&format!("/pmem/{}", iface(id)), body);
             }
             Kind::Balloon(balloon) => {
-                let mut body = json!({ "amount_mib": 0, "deflate_on_oom": true });
+                let mut body = json!({
+                    "amount_mib": 0,
+                    "deflate_on_oom": true,
+                    "stats_polling_interval_s": BALLOON_STATISTICS_S,
+                });
                 // Unknown before 1.14.
                 if balloon.free_page_reporting {
                     body["free_page_reporting"] = true.into();

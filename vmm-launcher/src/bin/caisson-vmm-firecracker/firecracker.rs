@@ -11,8 +11,8 @@ use std::{
 };
 
 use caisson_protocol::vmm::{
-    CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeMemoryRequest, RestoreRequest,
-    SnapshotRequest, VmConfig, VmState, WaitResponse, device::Kind,
+    CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeBalloonRequest, ResizeMemoryRequest,
+    RestoreRequest, SnapshotRequest, VmConfig, VmState, WaitResponse, device::Kind,
 };
 use caisson_vmm_launcher::{
     Error, Result,
@@ -210,6 +210,13 @@ impl Hypervisor for Firecracker {
         }
         self.sizes.lock().expect("nobody panics with the sizes").now.memory_mib = wanted_mib;
         Ok(wanted_mib)
+    }
+
+    /// It does not tell when the guest has come so far: the answer is how far it is now.
+    async fn resize_balloon(&self, request: &ResizeBalloonRequest) -> Result<u64> {
+        self.sizes().can_give(request.memory_mib)?;
+        self.api.resize_balloon(request.memory_mib).await?;
+        self.api.balloon_mib().await
     }
 
     fn kill(&self) {

@@ -30,6 +30,7 @@ const ABILITIES: &[(Ability, &[(Method, &str)])] = &[
     (Hotplug("block"), &[(Method::PATCH, "/drives/{drive_id}")]),
     (Operation("pause"), &[(Method::PATCH, "/vm")]),
     (Operation("snapshot"), &[(Method::PUT, "/snapshot/create"), (Method::PUT, "/snapshot/load")]),
+    (Operation("resize-balloon"), &[(Method::PATCH, "/balloon")]),
     (Operation("resize-memory"), &[(Method::PUT, "/hotplug/memory"), (Method::PATCH, "/hotplug/memory")]),
 ];
 

@@ -24,9 +24,10 @@ impl Installed {
         Ok(Self { version, devices: devices(path).await? })
     }
 
-    /// Whether it was built with the device `driver`.
-    pub fn has(&self, driver: &str) -> bool {
-        self.devices.iter().any(|device| device == driver)
+    /// Whether it was built with the device `driver`, or that it was not.
+    pub fn can_give(&self, driver: &str) -> Result<(), String> {
+        let has = self.devices.iter().any(|device| device == driver);
+        has.then_some(()).ok_or_else(|| format!("this QEMU was built without {driver}"))
     }
 }
 

@@ -3,7 +3,6 @@
 mod adoption;
 
 use std::{
-    collections::HashMap,
     os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
     path::{Path, PathBuf},
     sync::Mutex,
@@ -11,11 +10,12 @@ use std::{
 };
 
 use caisson_protocol::vmm::{
-    Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeMemoryRequest,
-    ResizeVcpusRequest, RestoreRequest, SnapshotRequest, VmConfig, WaitResponse, device::Kind,
+    Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeBalloonRequest,
+    ResizeMemoryRequest, ResizeVcpusRequest, RestoreRequest, SnapshotRequest, VmConfig, WaitResponse, device::Kind,
 };
 use caisson_vmm_launcher::{
     Error, Result,
+    ability::{Ability, never},
     console::{self, Audience, Console},
     guest_vsock::GuestVsock,
     hypervisor::{Adopted, Created, Hypervisor},
@@ -61,13 +61,15 @@ const MAX_VCPUS: u32 = 255;
 /// The image is the first disk.
 const IMAGE_ID: &str = "image";
 
+const BALLOON: &str = "virtio-balloon-device";
+
 /// The driver that a kind of device takes.
 const DRIVERS: &[(&str, &str)] = &[
     ("block", "virtio-blk-device"),
     ("net", "virtio-net-device"),
     ("vsock", "vhost-user-vsock-device"),
     ("fs", "vhost-user-fs-device"),
-    ("balloon", "virtio-balloon-device"),
+    ("balloon", BALLOON),
     ("rng", "virtio-rng-device"),
     ("console", "isa-serial"),
 ];
@@ -115,22 +117,20 @@ impl Hypervisor for Qemu {
     async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
         let installed = Installed::find(path).await?;
         let (accelerator, why) = accelerator::choose(Options::default().accel).await?;
-        let mut missing: HashMap<String, String> =
-            MISSING.iter().map(|(what, why)| ((*what).to_owned(), (*why).to_owned())).collect();
-        let (present, absent): (Vec<_>, Vec<_>) = DRIVERS.iter().partition(|(_, driver)| installed.has(driver));
-        for (kind, driver) in absent {
-            missing.insert((*kind).to_owned(), format!("this QEMU was built without {driver}"));
-        }
-        Ok(CapabilitiesResponse {
-            version: installed.version,
-            devices: present.iter().map(|(kind, _)| (*kind).to_owned()).collect(),
+        let mut able = CapabilitiesResponse {
+            version: installed.version.clone(),
             hotplug: hotplug_kinds(Options::default().machine_type),
-            operations: vec!["pause".into(), "snapshot".into()],
             accelerator: accelerator.name().into(),
             accelerator_reason: why,
-            missing,
             ..Default::default()
-        })
+        };
+        never(MISSING, &mut able);
+        able.operations = vec!["pause".into(), "snapshot".into()];
+        for (kind, driver) in DRIVERS {
+            Ability::Device(kind).tell(installed.can_give(driver), &mut able);
+        }
+        Ability::Operation("resize-balloon").tell(installed.can_give(BALLOON), &mut able);
+        Ok(able)
     }
 
     async fn create(request: &CreateRequest, audience: Audience) -> Result<Created<Self>> {
@@ -192,6 +192,10 @@ impl Hypervisor for Qemu {
 
     async fn resize_memory(&self, request: &ResizeMemoryRequest) -> Result<u64> {
         self.sizes.resize_memory(request.memory_mib, &self.qmp).await
+    }
+
+    async fn resize_balloon(&self, request: &ResizeBalloonRequest) -> Result<u64> {
+        self.sizes.resize_balloon(request, &self.qmp).await
     }
 
     fn kill(&self) {

@@ -6,18 +6,15 @@ use std::{
     time::Duration,
 };
 
-use caisson_protocol::vmm::VmConfig;
+use caisson_protocol::vmm::{ResizeBalloonRequest, VmConfig};
 use caisson_vmm_launcher::{
-    Error, Result, huge_pages,
+    Error, Result, balloon, huge_pages,
     qmp::Qmp,
     size::{Size, Sizes as Known},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::{
-    sync::broadcast::{Receiver, error::RecvError},
-    time::timeout,
-};
+use tokio::{sync::broadcast::error::RecvError, time::timeout};
 
 use crate::options::MachineType;
 
@@ -97,7 +94,7 @@ impl Sizes {
     /// Gives or takes memory, and answers how much there is. The guest has to play along.
     pub async fn resize_memory(&self, wanted_mib: u64, qmp: &Qmp) -> Result<u64> {
         self.resizable()?;
-        let Known { first, most, now } = *self.lock();
+        let Known { first, most, now, .. } = *self.lock();
         self.lock().can_have_memory(wanted_mib)?;
         let (least, most, now) = (first.memory_mib, most.memory_mib, now.memory_mib);
         if most == least {
@@ -111,7 +108,7 @@ impl Sizes {
         request_memory(more_mib << 20, qmp).await?;
         let reached = async {
             while plugged(qmp).await? != more_mib << 20 {
-                memory_changed(&mut events).await?;
+                qmp.next(&mut events, &["MEMORY_DEVICE_SIZE_CHANGE"]).await?;
             }
             Ok(())
         };
@@ -130,6 +127,12 @@ impl Sizes {
                 )))
             }
         }
+    }
+
+    /// Has the guest give memory to the balloon or take it back, and answers how much the balloon holds.
+    pub async fn resize_balloon(&self, request: &ResizeBalloonRequest, qmp: &Qmp) -> Result<u64> {
+        let sizes = *self.lock();
+        balloon::resize(request, &sizes, qmp).await
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -158,18 +161,6 @@ async fn request_memory(bytes: u64, qmp: &Qmp) -> Result<()> {
 async fn plugged(qmp: &Qmp) -> Result<u64> {
     let size = qmp.execute("qom-get", json!({ "path": MEMORY_PATH, "property": "size" })).await?;
     size.as_u64().ok_or_else(|| Error::Hypervisor(format!("QEMU says that its memory device's size is {size}")))
-}
-
-async fn memory_changed(events: &mut Receiver<Value>) -> Result<()> {
-    loop {
-        match events.recv().await {
-            Ok(event) if event["event"] == "MEMORY_DEVICE_SIZE_CHANGE" => return Ok(()),
-            // It may have been among those that were missed.
-            Err(RecvError::Lagged(_)) => return Ok(()),
-            Ok(_) => {}
-            Err(RecvError::Closed) => return Err(Error::Hypervisor("QEMU has ended".into())),
-        }
-    }
 }
 
 /// A place for a processor.

@@ -1,8 +1,8 @@
-//! A StratoVirt that has its machine protocol and nothing behind it, but the slots of its microvm. It refuses what the real
-//! one was seen to refuse: ids that are no strings, fields that it does not know, slots that are occupied, and devices
-//! whose host side it was not told of.
+//! A StratoVirt that has its machine protocol and nothing behind it, but the slots of its microvm for disks. It refuses what
+//! the real one was seen to refuse: ids that are no strings, fields that it does not know, slots that are occupied, and
+//! devices whose host side it was not told of.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use caisson_vmm_launcher::qmp::Qmp;
 use serde::Deserialize;
@@ -26,35 +26,24 @@ body!(Nothing {});
 body!(File { driver: String, filename: String });
 body!(Cache { direct: Option<bool> });
 body!(Drive { node_name = "node-name": String, file: File, cache: Option<Cache>, read_only = "read-only": Option<bool> });
-body!(Netdev { id: String, ifname: Option<String> });
 body!(NewDevice {
     id: String,
     driver: String,
     addr: Option<String>,
     drive: Option<String>,
-    mac: Option<String>,
-    netdev: Option<String>,
-    chardev: Option<String>,
     serial: Option<String>,
 });
 body!(Named { id: String });
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Disk,
-    Card,
-}
-
 const DISKS: usize = 4;
-const CARDS: usize = 2;
 
 #[derive(Default)]
 struct Fake {
     running: bool,
     /// Host sides by their names.
-    known: HashMap<String, Kind>,
-    /// Devices by whether they are cards, and their slot.
-    slots: HashMap<(bool, usize), String>,
+    known: HashSet<String>,
+    /// Disks by their slot.
+    slots: HashMap<usize, String>,
 }
 
 /// A client of one whose guest has not started.
@@ -101,12 +90,10 @@ impl Fake {
             "cont" => read::<Nothing>(arguments).and_then(|_| self.run(true, "Failed to resume VM")),
             "blockdev-add" => {
                 let drive = read::<Drive>(arguments)?;
-                self.know(drive.node_name, Kind::Disk)
-            }
-            "netdev_add" => {
-                let netdev = read::<Netdev>(arguments)?;
-                netdev.ifname.ok_or("Neither a tap nor its descriptor is given")?;
-                self.know(netdev.id, Kind::Card)
+                match self.known.insert(drive.node_name.clone()) {
+                    true => Ok(()),
+                    false => Err(format!("{} is already registered.", drive.node_name)),
+                }
             }
             "device_add" => self.add(&read(arguments)?),
             "device_del" => self.delete(&read::<Named>(arguments)?.id),
@@ -122,46 +109,31 @@ impl Fake {
         Ok(())
     }
 
-    fn know(&mut self, name: String, kind: Kind) -> Result<(), String> {
-        if self.known.contains_key(&name) {
-            return Err(format!("{name} is already registered."));
-        }
-        self.known.insert(name, kind);
-        Ok(())
-    }
-
     fn add(&mut self, device: &NewDevice) -> Result<(), String> {
-        let kind = *self.known.get(&device.id).ok_or("Failed to find device configuration.")?;
-        let (wanted, host_side) = match device.driver.as_str() {
-            "virtio-blk-mmio" => (Kind::Disk, device.drive.as_ref().ok_or("No drive set")?),
-            "virtio-net-mmio" => (Kind::Card, device.chardev.as_ref().ok_or("No chardev set")?),
-            _ => return Err("Unsupported replaceable device type.".into()),
-        };
-        if kind != wanted || *host_side != device.id {
+        if !self.known.contains(&device.id) {
+            return Err("Failed to find device configuration.".into());
+        }
+        if device.driver != "virtio-blk-mmio" {
+            return Err("Unsupported replaceable device type.".into());
+        }
+        if *device.drive.as_ref().ok_or("No drive set")? != device.id {
             return Err("The device is of another type".into());
         }
         let addr = device.addr.as_deref().and_then(|addr| usize::from_str_radix(addr.strip_prefix("0x")?, 16).ok());
         let slot = addr.ok_or_else(|| format!("Invalid addr for device {}", device.id))?;
-        let count = if kind == Kind::Card { CARDS } else { DISKS };
-        if slot >= count {
-            return Err(format!("A maximum of {count} replaceable devices are supported."));
+        if slot >= DISKS {
+            return Err(format!("A maximum of {DISKS} replaceable devices are supported."));
         }
-        let place = (kind == Kind::Card, slot);
-        if self.slots.contains_key(&place) {
+        if self.slots.contains_key(&slot) {
             return Err(format!("The slot {slot} is occupied already."));
         }
-        self.slots.insert(place, device.id.clone());
+        self.slots.insert(slot, device.id.clone());
         Ok(())
     }
 
     fn delete(&mut self, id: &str) -> Result<(), String> {
-        let is_plugged = self.slots.iter().any(|((is_card, _), device)| *is_card && device == id);
-        if is_plugged {
-            // It opens the tap once more, which it has open.
-            return Err(format!("{id}: failed to update config."));
-        }
         self.slots.retain(|_, device| device != id);
-        self.known.remove(id).map(drop).ok_or_else(|| format!("Device {id} not found"))
+        self.known.remove(id).then_some(()).ok_or_else(|| format!("Device {id} not found"))
     }
 }
 

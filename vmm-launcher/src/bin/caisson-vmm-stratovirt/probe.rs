@@ -7,7 +7,7 @@ use std::path::Path;
 use caisson_protocol::vmm::CapabilitiesResponse;
 use caisson_vmm_launcher::{
     Error, Result,
-    ability::Ability::{Device, Hotplug},
+    ability::Ability::{Device, Hotplug, Operation},
     ask,
     jail::{Jail, inside},
     process::{Process, Streams},
@@ -22,8 +22,6 @@ const DRIVERS: &[(&str, &str)] = &[
     ("balloon", "virtio-balloon-device"),
     ("rng", "virtio-rng-device"),
 ];
-/// What the slots take that every microvm has (`crate::slots`): those are of no driver that a build may lack.
-const HOTPLUG: [&str; 2] = ["block", "net"];
 /// It had a machine and came to its devices.
 const REFUSED: &str = "Failed to realize micro VM";
 /// No driver of any build: it keeps the VM from being where the device before it needs nothing.
@@ -46,8 +44,10 @@ pub async fn devices(path: &Path, told: &mut CapabilitiesResponse) -> Result<()>
             true => Ok(()),
             false => Err(format!("this StratoVirt was built without {driver}")),
         };
-        if HOTPLUG.contains(&kind) {
-            Hotplug(kind).tell(can.clone(), told);
+        match kind {
+            "block" => Hotplug(kind).tell(can.clone(), told),
+            "balloon" => Operation("resize-balloon").tell(can.clone(), told),
+            _ => {}
         }
         Device(kind).tell(can, told);
     }

@@ -10,13 +10,13 @@ use std::{
 };
 
 use caisson_protocol::vmm::{
-    Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, VmConfig, VmState, WaitResponse,
-    device::Kind,
+    Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeBalloonRequest, VmConfig,
+    VmState, WaitResponse, device::Kind,
 };
 use caisson_vmm_launcher::{
     Error, Result,
     ability::never,
-    ask,
+    ask, balloon,
     block_driver::Bus,
     console::{Audience, Console},
     guest_vsock::GuestVsock,
@@ -27,7 +27,7 @@ use caisson_vmm_launcher::{
     process::{Ended, Process, Streams},
     qmp::Qmp,
     request,
-    size::Size,
+    size::Sizes,
     tap,
     virtiofsd::{Virtiofsd, any_failed},
     vm::exit,
@@ -62,7 +62,8 @@ const MISSING: &[(&str, &str)] = &[
     ("pause", NO_PAUSE),
     ("pmem", "StratoVirt's microvm is given none"),
     ("vfio", "it needs StratoVirt's q35, which is not used"),
-    ("fs-hotplug", "microvm takes disks and network cards only"),
+    ("net-hotplug", "StratoVirt drops what is sent to a card that has come after its guest started"),
+    ("fs-hotplug", "microvm takes disks only"),
     ("snapshot", "StratoVirt saves no guest with a vsock or a shared directory"),
     ("resize-vcpus", "it needs StratoVirt's q35, which is not used"),
     ("resize-memory", "it needs StratoVirt's q35, which is not used"),
@@ -87,7 +88,7 @@ pub struct StratoVirt {
 /// What another launcher needs to know that does not change.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 struct Constant {
-    size: Size,
+    sizes: Sizes,
     /// Whether it is confined by its system call filter.
     filtered: bool,
     console_log: Option<PathBuf>,
@@ -177,6 +178,10 @@ impl Hypervisor for StratoVirt {
         self.slots.detach(id, &self.qmp).await
     }
 
+    async fn resize_balloon(&self, request: &ResizeBalloonRequest) -> Result<u64> {
+        balloon::resize(request, &self.constant.sizes, &self.qmp).await
+    }
+
     fn kill(&self) {
         self.process.kill();
     }
@@ -246,7 +251,7 @@ impl Hypervisor for StratoVirt {
     /// It answers questions for its statistics with zeros: what is known is known without it.
     async fn metrics(&self) -> Result<String> {
         let mut known = metrics::Metrics::default();
-        known.size(self.constant.size);
+        known.size(self.constant.sizes.now);
         Ok(known.text())
     }
 }
@@ -359,7 +364,7 @@ impl<'a> Plan<'a> {
                 info!(pid = process.pid(), "StratoVirt started");
                 let longer = self.lifetime.is_longer();
                 let constant = Constant {
-                    size: Size::of(vm),
+                    sizes: Sizes::of(vm),
                     filtered: options.seccomp,
                     console_log: log.map(Path::to_owned),
                     protocol,

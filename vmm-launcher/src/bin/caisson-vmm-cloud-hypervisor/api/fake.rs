@@ -33,6 +33,8 @@ pub struct Fake {
     max_vcpus: u64,
     memory: u64,
     hotplug_memory: u64,
+    /// What it holds: its guest gives at once.
+    balloon: Option<u64>,
     shared_memory: bool,
     /// A request that it has not yet.
     without: Option<&'static str>,
@@ -74,7 +76,7 @@ body!(Pmem { id: String, file: String, discard_writes: bool });
 body!(Vsock { id: String, cid: u64, socket: String });
 body!(Balloon { size: u64, deflate_on_oom: bool, free_page_reporting: bool });
 body!(Rng { src: String });
-body!(Resize { desired_vcpus: Option<u64>, desired_ram: Option<u64> });
+body!(Resize { desired_vcpus: Option<u64>, desired_ram: Option<u64>, desired_balloon: Option<u64> });
 body!(Passthrough { id: String, path: String });
 body!(Remove { id: String });
 body!(Destination { destination_url: String });
@@ -149,6 +151,10 @@ impl Fake {
                 self.alive()?;
                 if self.devices.remove(&remove.id) { Ok(None) } else { Err("unknown device id") }
             }
+            ("GET", "vm.info", None) => self.alive().map(|()| {
+                let left = self.memory - self.balloon.unwrap_or_default();
+                Some(json!({ "config": { "memory": { "size": self.memory } }, "memory_actual_size": left }))
+            }),
             ("GET", "vm.counters", None) => self.alive().map(|()| Some(json!({ "root": { "read_bytes": 512 } }))),
             ("PUT" | "GET", known, _) if PUTS.contains(&known) => Err(BAD_REQUEST),
             _ => Err(NOT_FOUND),
@@ -179,13 +185,14 @@ impl Fake {
         self.boot_vcpus = config.cpus.boot_vcpus as usize;
         self.max_vcpus = config.cpus.max_vcpus;
         self.memory = config.memory.size;
+        self.balloon = config.balloon.map(|balloon| balloon.size);
         self.hotplug_memory = config.memory.hotplug_size.unwrap_or_default();
         self.shared_memory = config.memory.shared;
         self.vm = Vm::Configured;
         Ok(None)
     }
 
-    fn resize(&self, resize: &Resize) -> Done {
+    fn resize(&mut self, resize: &Resize) -> Done {
         self.alive()?;
         if resize.desired_vcpus.is_some_and(|vcpus| vcpus == 0 || vcpus > self.max_vcpus) {
             return Err("Desired vCPU count exceeds maximum");
@@ -193,6 +200,9 @@ impl Fake {
         let most = self.memory + self.hotplug_memory;
         if resize.desired_ram.is_some_and(|ram| !(self.memory..=most).contains(&ram)) {
             return Err("Invalid resize request");
+        }
+        if let Some(wanted) = resize.desired_balloon {
+            *self.balloon.as_mut().ok_or("Missing balloon")? = wanted;
         }
         Ok(None)
     }

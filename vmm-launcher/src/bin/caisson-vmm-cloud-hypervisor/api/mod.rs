@@ -122,6 +122,19 @@ impl Api {
         self.put("vm.resize", &json!({ "desired_ram": mib << 20 })).await
     }
 
+    /// Has the guest of a VM with a balloon give `mib` of memory to it.
+    pub async fn resize_balloon(&self, mib: u64) -> Result<()> {
+        self.put("vm.resize", &json!({ "desired_balloon": mib << 20 })).await
+    }
+
+    /// In MiB: what the balloon holds: how much less the guest has than it was given.
+    pub async fn balloon_mib(&self) -> Result<u64> {
+        let info = self.info().await?;
+        let held = info["config"]["memory"]["size"].as_u64().zip(info["memory_actual_size"].as_u64());
+        let held = held.and_then(|(given, has)| given.checked_sub(has)).map(|bytes| bytes >> 20);
+        held.ok_or_else(|| Error::Hypervisor("Cloud Hypervisor does not say what the balloon holds".into()))
+    }
+
     /// Adds a device to the list of the configuration that it belongs to. A network card comes with its open `taps`.
     /// Answers where the guest finds it, if there is a guest already.
     pub async fn add(&self, list: &str, device: &Value, taps: Vec<OwnedFd>) -> Result<Option<String>> {
@@ -142,8 +155,11 @@ impl Api {
 
     /// What the VM does: `Created`, `Running`, `Paused` or `Shutdown`.
     pub async fn state(&self) -> Result<String> {
-        let info = self.request(Method::GET, "vm.info", None, DEADLINE).await?;
-        Ok(info["state"].as_str().unwrap_or_default().to_owned())
+        Ok(self.info().await?["state"].as_str().unwrap_or_default().to_owned())
+    }
+
+    async fn info(&self) -> Result<Value> {
+        self.request(Method::GET, "vm.info", None, DEADLINE).await
     }
 
     /// What each device has done, by its id.

@@ -72,6 +72,8 @@ async fn a_vm_with_every_device_lives_through_everything() {
     api.remove_device("late").await.unwrap();
     api.resize_vcpus(4).await.unwrap();
     api.resize_memory(512).await.unwrap();
+    api.resize_balloon(64).await.unwrap();
+    assert_eq!(api.balloon_mib().await.unwrap(), 64);
     assert_eq!(api.counters().await.unwrap()["root"]["read_bytes"], 512);
     api.pause().await.unwrap();
     api.snapshot("/snapshot").await.unwrap();
@@ -170,7 +172,7 @@ async fn able(stream: tokio::net::UnixStream) -> CapabilitiesResponse {
 async fn one_with_every_request_can_do_everything_that_the_host_lets_it() {
     let able = able(Fake::serve()).await;
     assert_eq!(able.hotplug[..4], ["block", "net", "fs", "pmem"]);
-    assert_eq!(able.operations, ["pause", "snapshot", "resize-vcpus", "resize-memory"]);
+    assert_eq!(able.operations, ["pause", "snapshot", "resize-vcpus", "resize-memory", "resize-balloon"]);
     assert!(able.missing.keys().all(|key| key == "vfio-hotplug"), "{:?}", able.missing);
 }
 

@@ -11,6 +11,8 @@ use tokio::net::UnixStream;
 #[path = "../../../../tests/fakes/http_server.rs"]
 mod http_server;
 
+use http_server::Asked;
+
 /// What the guest does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Guest {
@@ -20,6 +22,13 @@ pub enum Guest {
     Paused,
 }
 
+/// Its guest gives at once.
+#[derive(Clone, Copy, Debug)]
+struct Balloon {
+    holds_mib: u32,
+    has_statistics: bool,
+}
+
 /// One such Firecracker.
 #[derive(Debug, Default)]
 pub struct Fake {
@@ -27,6 +36,7 @@ pub struct Fake {
     drives: HashSet<String>,
     has_kernel: bool,
     hotplug_mib: Option<u64>,
+    balloon: Option<Balloon>,
     /// Whether anything was said of the VM, after which no snapshot can be loaded.
     configured: bool,
     /// The beginning of paths that it has not yet.
@@ -53,7 +63,8 @@ body!(DriveChange { drive_id: String, path_on_host: String });
 body!(Iface { iface_id: String, host_dev_name: String, guest_mac: String });
 body!(VsockDevice { guest_cid: u32, uds_path: String });
 body!(PmemDevice { id: String, path_on_host: String, read_only: bool });
-body!(BalloonDevice { amount_mib: u32, deflate_on_oom: bool, free_page_reporting: Option<bool> });
+body!(BalloonDevice { amount_mib: u32, deflate_on_oom: bool, stats_polling_interval_s: u16, free_page_reporting: Option<bool> });
+body!(BalloonSize { amount_mib: u32 });
 body!(Entropy {});
 body!(State { state: String });
 body!(Create { snapshot_type: String, snapshot_path: String, mem_file_path: String });
@@ -78,10 +89,26 @@ impl Fake {
     }
 
     fn serve_itself(mut self) -> UnixStream {
-        http_server::serve(move |asked| match self.answer(asked.method, asked.path, asked.body) {
-            Ok(()) => (StatusCode::NO_CONTENT, None),
+        let mut answer = move |asked: Asked<'_>| match *asked.method {
+            Method::GET => self.tell(asked.path).map(Some),
+            _ => self.answer(asked.method, asked.path, asked.body).map(|()| None),
+        };
+        http_server::serve(move |asked| match answer(asked) {
+            Ok(None) => (StatusCode::NO_CONTENT, None),
+            Ok(told) => (StatusCode::OK, told),
             Err(fault) => (StatusCode::BAD_REQUEST, Some(json!({ "fault_message": fault }))),
         })
+    }
+
+    fn tell(&self, path: &str) -> Result<Value, String> {
+        match (path, self.balloon) {
+            ("/balloon/statistics", Some(Balloon { has_statistics: true, holds_mib })) => {
+                self.started().map(|()| json!({ "target_mib": holds_mib, "actual_mib": holds_mib }))
+            }
+            ("/balloon/statistics", Some(_)) => Err("Statistics for the balloon device are not enabled".into()),
+            ("/balloon/statistics", None) => Err("Device not found".into()),
+            _ => Err(unknown(&Method::GET, path)),
+        }
     }
 
     /// What it does about one request.
@@ -107,6 +134,12 @@ impl Fake {
                 identified(id, &drive.drive_id)?;
                 self.started()?;
                 if self.drives.contains(id) { Ok(()) } else { Err(format!("Invalid block device ID: {id}")) }
+            }
+            ("PATCH", "balloon", "") => {
+                let wanted = read::<BalloonSize>(body)?.amount_mib;
+                self.started()?;
+                self.balloon.as_mut().ok_or("Device not found")?.holds_mib = wanted;
+                Ok(())
             }
             ("PATCH", "hotplug", "memory") => {
                 let wanted = read::<RequestedMemory>(body)?.requested_size_mib;
@@ -142,7 +175,11 @@ impl Fake {
             ("network-interfaces", id) => identified(id, &read::<Iface>(body)?.iface_id)?,
             ("vsock", "") => read::<VsockDevice>(body).map(drop)?,
             ("pmem", id) => identified(id, &read::<PmemDevice>(body)?.id)?,
-            ("balloon", "") => read::<BalloonDevice>(body).map(drop)?,
+            ("balloon", "") => {
+                let device = read::<BalloonDevice>(body)?;
+                let has_statistics = device.stats_polling_interval_s > 0;
+                self.balloon = Some(Balloon { holds_mib: device.amount_mib, has_statistics });
+            }
             ("entropy", "") => read::<Entropy>(body).map(drop)?,
             _ => return Err(unknown(&Method::PUT, path)),
         }

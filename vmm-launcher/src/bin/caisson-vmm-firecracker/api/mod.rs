@@ -112,6 +112,18 @@ impl Api {
         self.patch("/hotplug/memory", &json!({ "requested_size_mib": mib })).await
     }
 
+    /// Has the guest of a VM with a balloon give `mib` of memory to it.
+    pub async fn resize_balloon(&self, mib: u64) -> Result<()> {
+        self.patch("/balloon", &json!({ "amount_mib": mib })).await
+    }
+
+    /// In MiB: what the balloon holds.
+    pub async fn balloon_mib(&self) -> Result<u64> {
+        let told = self.0.get("/balloon/statistics").await?;
+        let unknown = || Error::Hypervisor(format!("Firecracker does not say what the balloon holds but {told}"));
+        told["actual_mib"].as_u64().ok_or_else(unknown)
+    }
+
     /// Writes a paused guest to `files`.
     pub async fn create_snapshot(&self, files: &SnapshotFiles) -> Result<()> {
         let body = json!({ "snapshot_type": "Full", "snapshot_path": files.state, "mem_file_path": files.memory });

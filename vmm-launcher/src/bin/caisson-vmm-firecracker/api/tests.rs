@@ -51,6 +51,8 @@ async fn a_vm_with_every_device_lives_through_everything() {
     api.start().await.unwrap();
     api.flush_metrics().await.unwrap();
     api.request_memory(44).await.unwrap();
+    api.resize_balloon(64).await.unwrap();
+    assert_eq!(api.balloon_mib().await.unwrap(), 64);
     api.change_drive("spare_ro_0", "/disks/late").await.unwrap();
     api.pause().await.unwrap();
     api.create_snapshot(&files()).await.unwrap();
@@ -119,7 +121,7 @@ async fn a_firecracker_with_every_endpoint_can_do_everything() {
     let able = able(Fake::serve()).await;
     assert_eq!(able.devices, ["block", "net", "vsock", "pmem", "balloon", "rng", "console"]);
     assert_eq!(able.hotplug, ["block"]);
-    assert_eq!(able.operations, ["pause", "snapshot", "resize-memory"]);
+    assert_eq!(able.operations, ["pause", "snapshot", "resize-balloon", "resize-memory"]);
     assert!(able.missing.is_empty(), "{:?}", able.missing);
 }
 
@@ -133,7 +135,7 @@ async fn what_has_no_endpoint_is_missing_by_the_endpoints_name() {
 #[tokio::test]
 async fn an_operation_needs_all_of_its_endpoints() {
     let able = able(Fake::serve_without("/snapshot/load")).await;
-    assert_eq!(able.operations, ["pause", "resize-memory"]);
+    assert_eq!(able.operations, ["pause", "resize-balloon", "resize-memory"]);
     assert_eq!(able.missing["snapshot"], "Firecracker 1.12.0 has no PUT /snapshot/load");
 }
 
