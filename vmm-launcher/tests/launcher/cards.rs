@@ -4,7 +4,7 @@
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
 use crate::{
-    fixture::{Backend, Images, LIMIT, Launcher, children, device, for_backend, for_each_backend, text},
+    fixture::{Backend, Images, LIMIT, Launcher, children, device, for_backend, for_each_backend, kvm, text},
     integrity::{self, assert_all_arrived, card_keeps_every_byte, ended},
     network::{self, GUEST_SETUP, HOST, MAC, card, card_device},
 };
@@ -22,6 +22,7 @@ for_backend!(
     qemu_only,
     Qemu,
     a_card_works_where_its_tap_is_not,
+    a_card_uses_vhost_net_where_kvm_and_the_host_have_it,
     two_pairs_on_a_tap_with_one_queue_are_refused,
     a_card_comes_and_goes_while_q35_runs,
     a_restored_guest_of_microvm_has_its_card_on_another_tap,
@@ -67,6 +68,19 @@ async fn a_card_works_where_its_tap_is_not(backend: Backend) {
     fs::write(&elsewhere, format!("#!/bin/sh\nexec unshare --net {program} \"$@\"\n")).unwrap();
     fs::set_permissions(&elsewhere, PermissionsExt::from_mode(0o755)).unwrap();
     card_keeps_every_byte(backend, &images, 1, |vm| vm.hypervisor_path = text(&elsewhere)).await;
+}
+
+async fn a_card_uses_vhost_net_where_kvm_and_the_host_have_it(backend: Backend) {
+    const VHOST_NET: &str = "/dev/vhost-net";
+    let Some(images) = Images::find() else { return };
+    network::make(&[]);
+    let launcher = Launcher::start(backend).await;
+    let mut request = launcher.request(&images, "sleep");
+    request.vm.as_mut().unwrap().devices = vec![card_device()];
+    let pid = launcher.create(&request).await.unwrap().pid;
+    let mut open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    let uses_it = open.any(|open| fs::read_link(open.path()).is_ok_and(|file| file == Path::new(VHOST_NET)));
+    assert_eq!(uses_it, kvm().is_ok() && Path::new(VHOST_NET).exists());
 }
 
 async fn a_jailed_hypervisor_cannot_open_a_tap_itself(backend: Backend) {

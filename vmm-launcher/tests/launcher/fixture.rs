@@ -206,7 +206,7 @@ impl Backend {
 const REQUIRED: &str = "CAISSON_REQUIRED_BACKENDS";
 
 /// Whether KVM runs guests here.
-fn kvm() -> &'static Result<(), String> {
+pub fn kvm() -> &'static Result<(), String> {
     static KVM: std::sync::OnceLock<Result<(), String>> = std::sync::OnceLock::new();
     KVM.get_or_init(caisson_vmm_launcher::kvm::probe)
 }
