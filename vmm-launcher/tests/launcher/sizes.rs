@@ -131,7 +131,7 @@ async fn microvm_cannot_be_resized_and_says_so(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let (launcher, _) = growing(backend, &images, "").await;
     let able = launcher.client.capabilities(deadline(LIMIT), &vmm::CapabilitiesRequest::new()).await.unwrap();
-    assert_eq!(able.operations, ["pause", "snapshot", "adopt"]);
+    assert_eq!(able.operations, ["pause", "snapshot", "resize-balloon", "adopt"]);
     for refused in [resize_vcpus(&launcher, 2).await.map(u64::from), resize_memory(&launcher, 256).await] {
         let status = refused.unwrap_err();
         assert_eq!(status.code, Code::UNIMPLEMENTED);
