@@ -54,6 +54,10 @@ const CONTAINERS: &str = "binary(end_to_end) \
                           and test(/^(crashes|lifecycle|pod|streams)::|^guest::a_guest_may_have_its_root_on_a_disk/) \
                           and not test(/a_killed_file_system_daemon/)";
 
+/// The heart of those; with QEMU, all of them run without KVM, too.
+const ESSENTIALS: &str = "binary(end_to_end) and test(/^(lifecycle::(exec_has|exec_on|kill)|streams::(a_hundred|what_is)|pod::|\
+                          crashes::a_(killed_(hypervisor|launcher)|hypervisor_that))/)";
+
 /// Some tests, in one boot of the test host, with one hypervisor and one guest kernel.
 struct Batch {
     name: &'static str,
@@ -164,7 +168,7 @@ const BATCHES: [Batch; 22] = [
         "binary(launcher) and test(/^(adoption|capabilities|refusals|terminal)::/) and \
          not (test(/::a_guest_in_a_pipe/) and not test(/::(builtin|qemu)::/))",
     ),
-    Batch::suite("built-in VMM: a hundred VMs", "binary(launcher) and test(/^cycles::/)"),
+    Batch::suite("every launcher: network cards, and a hundred VMs", "binary(launcher) and test(/^(cards|cycles)::/)"),
     Batch::builtin(
         "built-in VMM: containers",
         "binary(end_to_end) and test(/^(crashes|lifecycle|streams)::/)",
@@ -179,8 +183,8 @@ const BATCHES: [Batch; 22] = [
     Batch::builtin("built-in VMM: pods that come and go", "binary(end_to_end) and test(/^cycles::/)", BatchGuest::Own),
     Batch::builtin("built-in VMM: a compressed kernel", SIGN_OF_LIFE, BatchGuest::OwnCompressed),
     Batch::builtin("built-in VMM: Debian's kernel", "binary(end_to_end) and test(/^pod::/)", BatchGuest::Debian),
-    Batch::qemu("QEMU microvm with KVM: containers and pods", CONTAINERS, BatchGuest::Own),
-    Batch::qemu("QEMU q35 with KVM: containers and pods", CONTAINERS, BatchGuest::Own)
+    Batch::qemu("QEMU microvm with KVM: containers and pods", ESSENTIALS, BatchGuest::Own),
+    Batch::qemu("QEMU q35 with KVM: containers and pods", ESSENTIALS, BatchGuest::Own)
         .with_options("accel=kvm machine_type=q35"),
     Batch::qemu("QEMU with KVM: Debian's kernel", SIGN_OF_LIFE, BatchGuest::Debian),
     Batch::peer("Firecracker: containers and pods", "firecracker", CONTAINERS),

@@ -6,7 +6,7 @@ use caisson_protocol::{
     deadline,
     processes::{ProcessId, ProcessList},
     status::{Code, Status},
-    vmm::{self, AdoptResponse, Console, CreateRequest, ExitReason, Fs, VmState, Vsock, device::Kind},
+    vmm::{self, AdoptResponse, CreateRequest, ExitReason, Fs, VmState, Vsock, device::Kind},
 };
 use nix::sys::{
     prctl::set_child_subreaper,
@@ -39,10 +39,9 @@ for_backend!(cloud_hypervisor_only, CloudHypervisor, a_card_of_an_adopted_vm_goe
 for_backend!(builtin_only, Builtin, a_launcher_that_is_the_vm_says_so);
 
 /// Its console is logged, and it has whatever the backend needs helpers for.
-fn outliving(launcher: &Launcher, images: &Images, what: &str) -> (CreateRequest, PathBuf) {
+fn outliving(launcher: &Launcher, images: &Images, what: &str) -> CreateRequest {
     let mut request = launcher.request(images, what);
-    let log = launcher.dir.path().join("console.log");
-    let mut devices = vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    let mut devices = vec![launcher.logged_console()];
     if launcher.backend.shares_directories() {
         let fs = Fs {
             tag: "share".into(),
@@ -60,7 +59,7 @@ fn outliving(launcher: &Launcher, images: &Images, what: &str) -> (CreateRequest
     // As a shim is: how a hypervisor without a launcher has ended can be read until its parent asks, and that is never.
     set_child_subreaper(true).unwrap();
     request.state_dir = text(launcher.dir.path());
-    (request, log)
+    request
 }
 
 fn outlives_its_launcher(backend: Backend) -> bool {
@@ -82,12 +81,12 @@ async fn adopt(launcher: &Launcher) -> Result<AdoptResponse, Status> {
 async fn a_killed_launchers_vm_goes_on_or_ends_as_it_was_told(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let mut launcher = Launcher::start(backend).await;
-    let (mut request, log) = outliving(&launcher, &images, "tick");
+    let mut request = outliving(&launcher, &images, "tick");
     request.options.push_str(backend.pausable());
     let created = launcher.create(&request).await.unwrap();
     assert_eq!(created.outlives_launcher, outlives_its_launcher(backend));
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, "guest: tick").await;
+    launcher.until_console_has("guest: tick").await;
     if !created.outlives_launcher {
         launcher.signal(Signal::SIGKILL);
         launcher.ended().await;
@@ -109,12 +108,12 @@ async fn a_killed_launchers_vm_goes_on_or_ends_as_it_was_told(backend: Backend) 
     // Once more, while it is paused: the guest ticks again only when the third launcher lets it.
     replace(&mut launcher).await;
     assert_eq!(adopt(&launcher).await.unwrap().state, VmState::PAUSED.into());
-    let heard = fs::read_to_string(&log).unwrap();
+    let heard = launcher.heard();
     let last: u32 = heard.lines().rev().find_map(|line| line.strip_prefix("guest: tick ")?.parse().ok()).unwrap();
     launcher.client.resume(deadline(LIMIT), &vmm::ResumeRequest::new()).await.unwrap();
     // One may have been on its way when its listener was killed.
-    launcher.until_console_has(&log, &format!("guest: tick {}", last + 2)).await;
-    assert_eq!(fs::read_to_string(&log).unwrap().matches("guest: up").count(), 1);
+    launcher.until_console_has(&format!("guest: tick {}", last + 2)).await;
+    assert_eq!(launcher.heard().matches("guest: up").count(), 1);
     launcher.stop(Duration::ZERO).await;
     assert_eq!(launcher.wait().await.reason, ExitReason::STOPPED.into());
     assert!(!process_is_there(created.pid));
@@ -130,7 +129,7 @@ async fn a_vm_that_ended_while_nobody_watched_is_told_with_its_end(backend: Back
         return;
     }
     let mut launcher = Launcher::start(backend).await;
-    let (request, _) = outliving(&launcher, &images, "sleep");
+    let request = outliving(&launcher, &images, "sleep");
     let created = launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
     launcher.signal(Signal::SIGKILL);
@@ -155,7 +154,7 @@ async fn a_created_vm_is_booted_by_another_launcher(backend: Backend) {
         return;
     }
     let mut launcher = Launcher::start(backend).await;
-    let (request, _) = outliving(&launcher, &images, "poweroff");
+    let request = outliving(&launcher, &images, "poweroff");
     launcher.create(&request).await.unwrap();
 
     replace(&mut launcher).await;
@@ -173,7 +172,7 @@ async fn devices_of_an_adopted_vm_come_and_go(backend: Backend) {
         return;
     }
     let mut launcher = Launcher::start(backend).await;
-    let (mut request, log) = outliving(&launcher, &images, "watch-sizes");
+    let mut request = outliving(&launcher, &images, "watch-sizes");
     request.options.push_str(match backend {
         Backend::Qemu => "\nmachine_type = \"q35\"\nhotplug_slots = 1",
         Backend::Firecracker => "\nspare_read_only_disks = 1",
@@ -181,7 +180,7 @@ async fn devices_of_an_adopted_vm_come_and_go(backend: Backend) {
     });
     launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, "guest: sizes").await;
+    launcher.until_console_has("guest: sizes").await;
     let disk = images.dir.path().join("disk");
     fs::File::create(&disk).unwrap().set_len(3 << 20).unwrap();
     let block = vmm::Block { path: text(&disk), read_only: true, ..Default::default() };
@@ -190,7 +189,7 @@ async fn devices_of_an_adopted_vm_come_and_go(backend: Backend) {
         ..Default::default()
     };
     launcher.client.attach(deadline(LIMIT), &attach("one")).await.unwrap();
-    launcher.until_console_has(&log, "6144").await;
+    launcher.until_console_has("6144").await;
 
     replace(&mut launcher).await;
     adopt(&launcher).await.unwrap();
@@ -208,23 +207,23 @@ async fn a_card_of_an_adopted_vm_goes_and_comes(backend: Backend) {
     let Some(images) = Images::find() else { return };
     network::make(&[]);
     let mut launcher = Launcher::start(backend).await;
-    let (mut request, log) = outliving(&launcher, &images, "watch-cards");
+    let mut request = outliving(&launcher, &images, "watch-cards");
     if backend == Backend::Qemu {
         request.options.push_str("\nmachine_type = \"q35\"");
     }
     launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, &cards_at(1)).await;
+    launcher.until_console_has(&cards_at(1)).await;
     cards::attach(&launcher, "tap0").await.unwrap();
-    launcher.until_console_has(&log, &cards_at(2)).await;
+    launcher.until_console_has(&cards_at(2)).await;
 
     replace(&mut launcher).await;
     adopt(&launcher).await.unwrap();
     cards::detach(&launcher).await.unwrap();
-    launcher.until_console_has(&log, &cards_at(3)).await;
+    launcher.until_console_has(&cards_at(3)).await;
     cards::attach(&launcher, "tap0").await.unwrap();
 
-    launcher.until_console_has(&log, &cards_at(4)).await;
+    launcher.until_console_has(&cards_at(4)).await;
     launcher.stop(Duration::ZERO).await;
 }
 
@@ -234,7 +233,7 @@ async fn a_vm_whose_launcher_was_killed_is_ended_by_its_list(backend: Backend) {
         return;
     }
     let mut launcher = Launcher::start(backend).await;
-    let (request, _) = outliving(&launcher, &images, "sleep");
+    let request = outliving(&launcher, &images, "sleep");
     let created = launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
     let list = ProcessList::in_dir(launcher.dir.path());
@@ -253,7 +252,7 @@ async fn a_vm_whose_launcher_was_killed_is_ended_by_its_list(backend: Backend) {
 async fn a_state_that_cannot_be_trusted_is_refused_and_nobody_is_ended(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let mut launcher = Launcher::start(backend).await;
-    let (request, _) = outliving(&launcher, &images, "sleep");
+    let request = outliving(&launcher, &images, "sleep");
     let created = launcher.create(&request).await.unwrap();
     replace(&mut launcher).await;
     let path = launcher.dir.path().join("state.json");
@@ -296,7 +295,7 @@ async fn what_a_vm_must_not_be_adopted_by_is_refused(backend: Backend) {
     let mut launcher = Launcher::start(backend).await;
     let nothing = adopt(&launcher).await.unwrap_err();
     assert!(nothing.message.starts_with("open the state of the VM "), "{nothing:?}");
-    let (request, _) = outliving(&launcher, &images, "sleep");
+    let request = outliving(&launcher, &images, "sleep");
     let created = launcher.create(&request).await.unwrap();
     let own = adopt(&launcher).await.unwrap_err();
     assert_eq!(own, Status::new(Code::FAILED_PRECONDITION, "cannot adopt a VM that is created but not booted"));
@@ -318,7 +317,7 @@ async fn what_a_vm_must_not_be_adopted_by_is_refused(backend: Backend) {
 async fn a_second_vm_is_not_made_where_there_is_one(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let mut launcher = Launcher::start(backend).await;
-    let (request, _) = outliving(&launcher, &images, "sleep");
+    let request = outliving(&launcher, &images, "sleep");
     launcher.create(&request).await.unwrap();
     replace(&mut launcher).await;
     let refusal = launcher.create(&request).await.unwrap_err();

@@ -1,16 +1,16 @@
 //! Memory that a guest gives up: because it is asked to, and because it does not use it.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{fs, time::Duration};
 
 use caisson_protocol::{
     deadline,
     status::{Code, Status},
-    vmm::{self, Balloon, Console, ResizeBalloonRequest, device::Kind},
+    vmm::{self, Balloon, ResizeBalloonRequest, device::Kind},
 };
 use tokio::time::timeout;
 
 use crate::{
-    fixture::{Backend, Images, LIMIT, Launcher, device, for_each_backend, text},
+    fixture::{Backend, Images, LIMIT, Launcher, device, for_each_backend},
     integrity,
 };
 
@@ -49,24 +49,21 @@ async fn metric(launcher: &Launcher, name: &str) -> u64 {
     value.unwrap_or_else(|| panic!("{metrics}")).parse().unwrap()
 }
 
-fn devices(launcher: &Launcher, free_page_reporting: bool) -> (PathBuf, Vec<vmm::Device>) {
-    let log = launcher.dir.path().join("console.log");
-    let devices = vec![
-        device("console", Kind::Console(Console { log: text(&log), ..Default::default() })),
+fn devices(launcher: &Launcher, free_page_reporting: bool) -> Vec<vmm::Device> {
+    vec![
+        launcher.logged_console(),
         device("balloon", Kind::Balloon(Balloon { free_page_reporting, ..Default::default() })),
-    ];
-    (log, devices)
+    ]
 }
 
 async fn a_balloon_takes_memory_and_gives_it_back(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "sleep");
-    let (log, devices) = devices(&launcher, false);
-    request.vm.as_mut().unwrap().devices = devices;
+    request.vm.as_mut().unwrap().devices = devices(&launcher, false);
     launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, "guest: up").await;
+    launcher.until_console_has("guest: up").await;
 
     resize_fully(&launcher, 64).await;
     if backend == Backend::Builtin {
@@ -99,11 +96,10 @@ async fn what_a_guest_does_not_use_any_more_is_the_hosts_again(backend: Backend)
                   echo guest: needs it no more\n\
                   sleep 1000";
     let mut request = integrity::request(&launcher, &images, script, &[]);
-    let (log, devices) = devices(&launcher, true);
-    request.vm.as_mut().unwrap().devices = devices;
+    request.vm.as_mut().unwrap().devices = devices(&launcher, true);
     let pid = launcher.create(&request).await.unwrap().pid;
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, "guest: needs it no more").await;
+    launcher.until_console_has("guest: needs it no more").await;
 
     let most = resident_kib(pid, "VmHWM:");
     assert!(most > USED_KIB, "{most} KiB");

@@ -1,20 +1,18 @@
 //! Network cards: they come and go, are restored, and no hypervisor needs a right to the network for them where it takes
 //! an open tap.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use crate::{
     fixture::{Backend, Images, LIMIT, Launcher, children, device, for_backend, for_each_backend, kvm, text},
     integrity::{self, assert_all_arrived, card_keeps_every_byte, ended},
     network::{self, GUEST_SETUP, HOST, MAC, card, card_device},
+    snapshot::{restore, save},
 };
 use caisson_protocol::{
     deadline,
     status::{Code, Status},
-    vmm::{
-        AttachRequest, Console, DetachRequest, Device, PauseRequest, RestoreRequest, ResumeRequest, SnapshotRequest,
-        device::Kind,
-    },
+    vmm::{AttachRequest, DetachRequest, ResumeRequest},
 };
 
 for_each_backend!(a_guest_finds_the_card_on_its_tap);
@@ -126,20 +124,19 @@ async fn a_card_comes_and_goes(backend: Backend, options: &str) {
     let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "watch-cards");
     request.options += options;
-    let log = launcher.dir.path().join("console.log");
-    request.vm.as_mut().unwrap().devices = vec![console(&launcher)];
+    request.vm.as_mut().unwrap().devices = vec![launcher.logged_console()];
     launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, &cards_at(1)).await;
+    launcher.until_console_has(&cards_at(1)).await;
 
     // The hypervisor lets go of the tap with the card, so that it can be had again.
     for change in [2, 4] {
         attach(&launcher, "tap0").await.unwrap();
-        launcher.until_console_has(&log, &cards_at(change)).await;
+        launcher.until_console_has(&cards_at(change)).await;
         let busy = attach_as("other", &launcher, "tap0").await.unwrap_err();
         assert!(busy.message.starts_with("the tap interface tap0 cannot be used: another program uses it"), "{busy}");
         detach(&launcher).await.unwrap();
-        launcher.until_console_has(&log, &cards_at(change + 1)).await;
+        launcher.until_console_has(&cards_at(change + 1)).await;
     }
 }
 
@@ -202,41 +199,23 @@ async fn has_its_card_on_another_tap(backend: Backend, options: &str) {
     network::make(&[]);
     network::reach_host_through("tap0");
     let snapshot = images.dir.path().join("snapshot");
-    fs::create_dir(&snapshot).unwrap();
     let first = Launcher::start(backend).await;
     // Nobody listens until it is another VM.
     let mut request = integrity::request(&first, &images, &dial(), &[("net", card("tap0", 1))]);
     request.options += options;
     first.create(&request).await.unwrap();
     first.boot().await.unwrap();
-    first.until_console_has(&first.dir.path().join("console.log"), "guest: dials").await;
-    first.client.pause(deadline(LIMIT), &PauseRequest::new()).await.unwrap();
-    let directory = SnapshotRequest { directory: text(&snapshot), ..Default::default() };
-    first.client.snapshot(deadline(LIMIT), &directory).await.unwrap();
-    first.stop(Duration::ZERO).await;
+    first.until_console_has("guest: dials").await;
+    save(&first, &snapshot).await;
     network::ip(&["link", "delete", "tap0"]);
     network::make_tap("tap1", &[]);
     let listener = network::listen("tap1").await;
 
     let second = Launcher::start(backend).await;
-    let mut vm = request.vm.unwrap();
-    vm.devices = vec![console(&second), device("net", card("tap1", 1))];
-    let restore = RestoreRequest {
-        run_dir: text(&second.run_dir()),
-        directory: text(&snapshot),
-        vm: Some(vm).into(),
-        options: request.options,
-        ..Default::default()
-    };
-    second.client.restore(deadline(LIMIT), &restore).await.unwrap();
+    restore(&second, &snapshot, request, vec![second.logged_console(), device("net", card("tap1", 1))]).await;
     let exchanged = integrity::exchange(listener, 1);
     second.client.resume(deadline(LIMIT), &ResumeRequest::new()).await.unwrap();
 
     assert_all_arrived(&ended(&second).await);
     exchanged.await.unwrap().unwrap();
-}
-
-fn console(launcher: &Launcher) -> Device {
-    let log = text(&launcher.dir.path().join("console.log"));
-    device("console", Kind::Console(Console { log, ..Default::default() }))
 }

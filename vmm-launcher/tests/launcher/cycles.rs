@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use caisson_protocol::vmm::{Balloon, Block, Console, ExitReason, Fs, Rng, Vsock, device::Kind};
+use caisson_protocol::vmm::{Balloon, Block, ExitReason, Fs, Rng, Vsock, device::Kind};
 use nix::sys::signal::Signal;
 
 use crate::{
@@ -51,10 +51,10 @@ async fn a_hundred_vms_leave_nothing(backend: Backend) {
 /// Each VM takes the same disk for writing, and the same tap: the one before has let go of them.
 async fn live(backend: Backend, images: &Images, disk: &Path, life: Life) {
     let mut launcher = Launcher::start(backend).await;
-    let (log, socket) = (launcher.dir.path().join("console.log"), launcher.dir.path().join("vsock.sock"));
+    let socket = launcher.dir.path().join("vsock.sock");
     let mut request = launcher.request(images, if matches!(life, Life::PoweredOff) { "poweroff" } else { "sleep" });
     request.vm.as_mut().unwrap().devices = vec![
-        device("console", Kind::Console(Console { log: text(&log), ..Default::default() })),
+        launcher.logged_console(),
         device("disk", Kind::Block(Block { path: text(disk), ..Default::default() })),
         network::card_device(),
         device("vsock", Kind::Vsock(Vsock { socket: text(&socket), ..Default::default() })),
@@ -71,7 +71,7 @@ async fn live(backend: Backend, images: &Images, disk: &Path, life: Life) {
         Life::Booted => launcher.boot().await.unwrap(),
         Life::Up => {
             launcher.boot().await.unwrap();
-            launcher.until_console_has(&log, "guest: up").await;
+            launcher.until_console_has("guest: up").await;
         }
         Life::PoweredOff => {
             launcher.boot().await.unwrap();

@@ -6,8 +6,7 @@ use caisson_protocol::{
     deadline,
     status::{Code, Status},
     vmm::{
-        self, AttachRequest, Balloon, Block, Console, CreateRequest, DetachRequest, ExitReason, Fs, Rng, Vsock,
-        device::Kind,
+        self, AttachRequest, Balloon, Block, CreateRequest, DetachRequest, ExitReason, Fs, Rng, Vsock, device::Kind,
     },
 };
 
@@ -150,22 +149,20 @@ async fn a_disk_is_filled_and_emptied(backend: Backend, options: &str, others: &
     let mut request = launcher.request(&images, "watch-sizes");
     request.options = options.into();
     let (empty, filled) = (format!("guest: sizes 0 {others}"), format!("guest: sizes 8 {others}"));
-    let log = launcher.dir.path().join("console.log");
-    request.vm.as_mut().unwrap().devices =
-        vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    request.vm.as_mut().unwrap().devices = vec![launcher.logged_console()];
     launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, &empty).await;
+    launcher.until_console_has(&empty).await;
 
     let attach =
         AttachRequest { device: Some(device("late", disk(&images, "late", true))).into(), ..Default::default() };
     let attached = launcher.client.attach(deadline(LIMIT), &attach).await.unwrap();
     assert!(attached.device.address.starts_with("serial:"), "{attached}");
-    launcher.until_console_has(&log, &filled).await;
+    launcher.until_console_has(&filled).await;
 
     let detach = DetachRequest { id: "late".into(), ..Default::default() };
     launcher.client.detach(deadline(LIMIT), &detach).await.unwrap();
-    launcher.until_console_has(&log, &format!("{filled}\r\n{empty}")).await;
+    launcher.until_console_has(&format!("{filled}\r\n{empty}")).await;
 }
 
 async fn a_shared_directory_cannot_be_had_with_firecracker(backend: Backend) {
@@ -181,22 +178,20 @@ async fn a_disk_comes_and_goes(backend: Backend, options: &str) {
     let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "watch");
     request.options += options;
-    let log = launcher.dir.path().join("console.log");
-    request.vm.as_mut().unwrap().devices =
-        vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    request.vm.as_mut().unwrap().devices = vec![launcher.logged_console()];
     launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, "guest: disks ").await;
+    launcher.until_console_has("guest: disks ").await;
 
     let attach =
         AttachRequest { device: Some(device("late", disk(&images, "late", true))).into(), ..Default::default() };
     let attached = launcher.client.attach(deadline(LIMIT), &attach).await.unwrap();
     assert_eq!(attached.device.address, "serial:late");
-    launcher.until_console_has(&log, "guest: disks late").await;
+    launcher.until_console_has("guest: disks late").await;
 
     let detach = DetachRequest { id: "late".into(), ..Default::default() };
     launcher.client.detach(deadline(LIMIT), &detach).await.unwrap();
-    launcher.until_console_has(&log, "guest: disks late\r\nguest: disks ").await;
+    launcher.until_console_has("guest: disks late\r\nguest: disks ").await;
     let twice = Status::from(launcher.client.detach(deadline(LIMIT), &detach).await.unwrap_err());
     assert_eq!(twice.code, Code::INVALID_ARGUMENT);
 }
@@ -225,14 +220,10 @@ async fn what_devices_do_is_counted(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "watch");
-    let log = launcher.dir.path().join("console.log");
-    request.vm.as_mut().unwrap().devices = vec![
-        device("console", Kind::Console(Console { log: text(&log), ..Default::default() })),
-        device("data", disk(&images, "data", true)),
-    ];
+    request.vm.as_mut().unwrap().devices = vec![launcher.logged_console(), device("data", disk(&images, "data", true))];
     launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, "guest: disks data").await;
+    launcher.until_console_has("guest: disks data").await;
     let metrics = launcher.client.metrics(deadline(LIMIT), &vmm::MetricsRequest::new()).await.unwrap().text;
     let read = "\ncaisson_vm_block_read_bytes_total{device=\"data\"} ";
     let (_, read) = metrics.split_once(read).unwrap_or_else(|| panic!("{metrics}"));

@@ -14,7 +14,9 @@ use caisson_protocol::{
     processes::ProcessList,
     status::Status,
     sys::register,
-    vmm::{self, CapabilitiesRequest, CreateRequest, CreateResponse, Device, VmConfig, WaitResponse, device::Kind},
+    vmm::{
+        self, CapabilitiesRequest, Console, CreateRequest, CreateResponse, Device, VmConfig, WaitResponse, device::Kind,
+    },
     vmm_ttrpc::VmmClient,
 };
 use caisson_testbed::{Installation, Recording, skip};
@@ -416,21 +418,34 @@ impl Launcher {
         self.state().await.console_tail
     }
 
-    /// Answers when the console's log has `text`. The file tells of each change.
-    pub async fn until_console_has(&self, log: &Path, text: &str) {
+    /// A console for the guest, of which [`Self::heard`] tells.
+    pub fn logged_console(&self) -> Device {
+        device("console", Kind::Console(Console { log: text(&self.console_log()), ..Default::default() }))
+    }
+
+    fn console_log(&self) -> PathBuf {
+        self.dir.path().join("console.log")
+    }
+
+    /// What the guest has written.
+    pub fn heard(&self) -> String {
+        fs::read_to_string(self.console_log()).unwrap_or_default()
+    }
+
+    /// Answers when the guest has written `text`. The log tells of each change.
+    pub async fn until_console_has(&self, text: &str) {
         let watch = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).unwrap();
-        inotify::add_watch(&watch, log, WatchFlags::MODIFY).unwrap();
+        inotify::add_watch(&watch, self.console_log(), WatchFlags::MODIFY).unwrap();
         let watch = register(watch).unwrap();
-        let heard = || fs::read_to_string(log).unwrap_or_default();
         let seen = async {
-            while !heard().contains(text) {
+            while !self.heard().contains(text) {
                 let mut changed = watch.readable().await.unwrap();
                 // However many: one look is enough for all.
                 while rustix::io::read(watch.get_ref(), &mut [0; 4096]).is_ok() {}
                 changed.clear_ready();
             }
         };
-        timeout(LIMIT, seen).await.unwrap_or_else(|_| panic!("the guest did not write {text:?} but\n{}", heard()));
+        timeout(LIMIT, seen).await.unwrap_or_else(|_| panic!("the guest did not write {text:?} but\n{}", self.heard()));
     }
 
     /// Everything that is left in the run directory.

@@ -15,7 +15,7 @@ use std::{
 use caisson_protocol::{
     address::{GuestVsock, Stream},
     no_deadline,
-    vmm::{Console, CreateRequest, ExitReason, Fs, VmConfig, Vsock, WaitRequest, WaitResponse, device::Kind},
+    vmm::{CreateRequest, ExitReason, Fs, VmConfig, Vsock, WaitRequest, WaitResponse, device::Kind},
 };
 use tokio::{
     net::TcpListener,
@@ -76,8 +76,7 @@ pub fn request(launcher: &Launcher, images: &Images, script: &str, devices: &[(&
     let mut request = launcher.request(images, "script");
     let vm = request.vm.as_mut().unwrap();
     vm.memory_mib = 256;
-    let log = text(&launcher.dir.path().join("console.log"));
-    vm.devices = vec![device("console", Kind::Console(Console { log, ..Default::default() }))];
+    vm.devices = vec![launcher.logged_console()];
     vm.devices.extend(devices.iter().map(|(id, kind)| device(id, kind.clone())));
     request
 }
@@ -147,7 +146,7 @@ async fn vsock_keeps_every_byte(backend: Backend) {
     let created = launcher.create(&request).await.unwrap();
     let guest: GuestVsock = created.devices[1].address.parse().unwrap();
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&launcher.dir.path().join("console.log"), "guest: listening").await;
+    launcher.until_console_has("guest: listening").await;
 
     exchange_over_vsock(&guest, mib).await;
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use caisson_protocol::{
     deadline,
     status::{Code, Status},
-    vmm::{self, Console, ExitReason, Fs, VmState, device::Kind},
+    vmm::{self, ExitReason, Fs, VmState, device::Kind},
 };
 use nix::sys::{
     ptrace,
@@ -46,9 +46,7 @@ async fn a_guest_that_powers_off_ends_its_vm(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "poweroff");
-    let log = launcher.dir.path().join("console.log");
-    request.vm.as_mut().unwrap().devices =
-        vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    request.vm.as_mut().unwrap().devices = vec![launcher.logged_console()];
     assert_eq!(launcher.state().await.state, VmState::EMPTY.into());
     let created = launcher.create(&request).await.unwrap();
     match backend {
@@ -65,7 +63,7 @@ async fn a_guest_that_powers_off_ends_its_vm(backend: Backend) {
     assert_eq!(exit.reason, ExitReason::GUEST_SHUTDOWN.into(), "{exit}");
     assert_eq!(exit.detail, backend.powered_off());
     assert!(exit.console_tail.contains("guest: up"), "{exit}");
-    assert!(std::fs::read_to_string(log).unwrap().contains("guest: up"));
+    assert!(launcher.heard().contains("guest: up"));
     assert_eq!(launcher.state().await.state, VmState::EXITED.into());
     assert!(launcher.leftovers().is_empty());
 }
@@ -110,15 +108,13 @@ async fn a_pause_that_would_end_the_hypervisor_is_unimplemented(backend: Backend
     let Some(images) = Images::find() else { return };
     let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "tick");
-    let log = launcher.dir.path().join("console.log");
-    request.vm.as_mut().unwrap().devices =
-        vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    request.vm.as_mut().unwrap().devices = vec![launcher.logged_console()];
     launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
     let refusal = Status::from(launcher.client.pause(deadline(LIMIT), &vmm::PauseRequest::new()).await.unwrap_err());
     assert_eq!(refusal.code, Code::UNIMPLEMENTED);
     assert!(refusal.message.contains("seccomp = false"), "{refusal}");
-    launcher.until_console_has(&log, "guest: tick").await;
+    launcher.until_console_has("guest: tick").await;
     let able = launcher.client.capabilities(deadline(LIMIT), &launcher.capabilities()).await.unwrap();
     assert!(!able.operations.contains(&"pause".to_owned()), "{able}");
     assert_eq!(able.missing["pause"], refusal.message);
@@ -219,12 +215,10 @@ async fn a_forbidden_system_call_ends_the_vm_and_is_told(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let mut launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "sleep");
-    let log = launcher.dir.path().join("console.log");
-    request.vm.as_mut().unwrap().devices =
-        vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    request.vm.as_mut().unwrap().devices = vec![launcher.logged_console()];
     let created = launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, "guest: up").await;
+    launcher.until_console_has("guest: up").await;
 
     make_thread_call(created.pid, "vcpu0", GETPPID);
 

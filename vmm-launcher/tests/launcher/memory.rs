@@ -2,12 +2,9 @@
 
 use std::fs;
 
-use caisson_protocol::{
-    status::Code,
-    vmm::{Console, ExitReason, device::Kind},
-};
+use caisson_protocol::{status::Code, vmm::ExitReason};
 
-use crate::fixture::{Backend, Images, Launcher, device, for_each_backend, text};
+use crate::fixture::{Backend, Images, Launcher, for_each_backend};
 
 for_each_backend!(memory_is_of_huge_pages_or_refused, a_confidential_guest_is_refused);
 
@@ -15,11 +12,10 @@ async fn memory_is_of_huge_pages_or_refused(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "tick");
-    let log = launcher.dir.path().join("console.log");
     let vm = request.vm.as_mut().unwrap();
     // Rounded up to whole pages.
     (vm.huge_pages, vm.memory_mib) = (true, 193);
-    vm.devices = vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    vm.devices = vec![launcher.logged_console()];
     let pid = match launcher.create(&request).await {
         Ok(created) => created.pid,
         Err(refusal) if backend == Backend::StratoVirt => {
@@ -35,7 +31,7 @@ async fn memory_is_of_huge_pages_or_refused(backend: Backend) {
         }
     };
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, "guest: tick").await;
+    launcher.until_console_has("guest: tick").await;
     assert!(huge_kib(pid) > 16 << 10, "{} KiB of huge pages", huge_kib(pid));
     launcher.stop(std::time::Duration::ZERO).await;
     assert_eq!(launcher.wait().await.reason, ExitReason::STOPPED.into());

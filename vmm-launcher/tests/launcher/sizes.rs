@@ -1,15 +1,13 @@
 //! Processors and memory that come and go while a VM runs.
 
-use std::{fs, path::PathBuf};
-
 use caisson_protocol::{
     deadline,
     status::{Code, Status},
-    vmm::{self, Console, CreateRequest, ResizeMemoryRequest, ResizeVcpusRequest, device::Kind},
+    vmm::{self, CreateRequest, ResizeMemoryRequest, ResizeVcpusRequest},
 };
 
 use crate::{
-    fixture::{Backend, Images, LIMIT, Launcher, device, for_backend, text},
+    fixture::{Backend, Images, LIMIT, Launcher, for_backend},
     memory::{free_huge_pages, huge_kib},
 };
 
@@ -33,22 +31,21 @@ for_backend!(
 for_backend!(firecracker, Firecracker, memory_comes_and_goes, more_memory_than_a_vm_was_made_for_is_refused);
 
 /// A guest that tells whenever its size changes.
-async fn growing(backend: Backend, images: &Images, options: &str) -> (Launcher, PathBuf) {
+async fn growing(backend: Backend, images: &Images, options: &str) -> Launcher {
     let launcher = Launcher::start(backend).await;
-    let (request, log) = growing_request(&launcher, images, options);
+    let request = growing_request(&launcher, images, options);
     launcher.create(&request).await.unwrap();
-    (launcher, log)
+    launcher
 }
 
-/// For such a guest, and where it tells.
-fn growing_request(launcher: &Launcher, images: &Images, options: &str) -> (CreateRequest, PathBuf) {
+/// For such a guest.
+fn growing_request(launcher: &Launcher, images: &Images, options: &str) -> CreateRequest {
     let mut request = launcher.request(images, "grow");
     request.options += options;
-    let log = launcher.dir.path().join("console.log");
     let vm = request.vm.as_mut().unwrap();
     (vm.max_vcpus, vm.max_memory_mib) = (3, 512);
-    vm.devices = vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
-    (request, log)
+    vm.devices = vec![launcher.logged_console()];
+    request
 }
 
 async fn resize_vcpus(launcher: &Launcher, vcpus: u32) -> Result<u32, Status> {
@@ -63,45 +60,45 @@ async fn resize_memory(launcher: &Launcher, memory_mib: u64) -> Result<u64, Stat
 
 async fn processors_come_and_go(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let (launcher, log) = growing(backend, &images, backend.growing()).await;
+    let launcher = growing(backend, &images, backend.growing()).await;
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, "guest: 1 processors").await;
+    launcher.until_console_has("guest: 1 processors").await;
 
     assert_eq!(resize_vcpus(&launcher, 3).await, Ok(3));
-    launcher.until_console_has(&log, "guest: 3 processors").await;
+    launcher.until_console_has("guest: 3 processors").await;
     assert_eq!(resize_vcpus(&launcher, 2).await, Ok(2));
-    launcher.until_console_has(&log, "guest: 2 processors").await;
+    launcher.until_console_has("guest: 2 processors").await;
     let metrics = launcher.client.metrics(deadline(LIMIT), &vmm::MetricsRequest::new()).await.unwrap().text;
     assert!(metrics.contains("\ncaisson_vm_vcpus 2\n"), "{metrics}");
 }
 
 async fn memory_comes_and_goes(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let (launcher, log) = growing(backend, &images, backend.growing()).await;
+    let launcher = growing(backend, &images, backend.growing()).await;
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, " MiB").await;
-    let told = fs::read_to_string(&log).unwrap();
+    launcher.until_console_has(" MiB").await;
+    let told = launcher.heard();
     let usable = told.lines().find_map(|line| line.strip_prefix("guest: 1 processors, ")?.strip_suffix(" MiB"));
     let usable: u64 = usable.unwrap().parse().unwrap();
 
     assert_eq!(resize_memory(&launcher, 448).await, Ok(448));
-    launcher.until_console_has(&log, &format!("guest: 1 processors, {} MiB", usable + 256)).await;
+    launcher.until_console_has(&format!("guest: 1 processors, {} MiB", usable + 256)).await;
     assert_eq!(resize_memory(&launcher, 192).await, Ok(192));
     // After one of its larger sizes: it may be seen halfway.
-    launcher.until_console_has(&log, &format!(" MiB\r\nguest: 1 processors, {usable} MiB")).await;
+    launcher.until_console_has(&format!(" MiB\r\nguest: 1 processors, {usable} MiB")).await;
 }
 
 async fn memory_that_comes_is_of_huge_pages_as_the_first_is(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let launcher = Launcher::start(backend).await;
-    let (mut request, log) = growing_request(&launcher, &images, backend.growing());
+    let mut request = growing_request(&launcher, &images, backend.growing());
     request.vm.as_mut().unwrap().huge_pages = true;
     let pid = match launcher.create(&request).await {
         Ok(created) => created.pid,
         Err(refusal) => return assert!(free_huge_pages() < 96, "{refusal}"),
     };
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, " MiB").await;
+    launcher.until_console_has(" MiB").await;
 
     let before_kib = huge_kib(pid);
     assert_eq!(resize_memory(&launcher, 224).await, Ok(224));
@@ -110,7 +107,7 @@ async fn memory_that_comes_is_of_huge_pages_as_the_first_is(backend: Backend) {
 
 async fn more_than_a_vm_was_made_for_is_refused(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let (launcher, _) = growing(backend, &images, backend.growing()).await;
+    let launcher = growing(backend, &images, backend.growing()).await;
     let words = "4 vCPUs cannot be had while the VM runs: 1 to 3, which its max_vcpus says";
     assert_eq!(resize_vcpus(&launcher, 4).await, Err(Status::new(Code::INVALID_ARGUMENT, words)));
     more_memory_is_refused(&launcher).await;
@@ -118,7 +115,7 @@ async fn more_than_a_vm_was_made_for_is_refused(backend: Backend) {
 
 async fn more_memory_than_a_vm_was_made_for_is_refused(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let (launcher, _) = growing(backend, &images, "").await;
+    let launcher = growing(backend, &images, "").await;
     more_memory_is_refused(&launcher).await;
 }
 
@@ -129,7 +126,7 @@ async fn more_memory_is_refused(launcher: &Launcher) {
 
 async fn microvm_cannot_be_resized_and_says_so(backend: Backend) {
     let Some(images) = Images::find() else { return };
-    let (launcher, _) = growing(backend, &images, "").await;
+    let launcher = growing(backend, &images, "").await;
     let able = launcher.client.capabilities(deadline(LIMIT), &vmm::CapabilitiesRequest::new()).await.unwrap();
     assert_eq!(able.operations, ["pause", "snapshot", "resize-balloon", "adopt"]);
     for refused in [resize_vcpus(&launcher, 2).await.map(u64::from), resize_memory(&launcher, 256).await] {

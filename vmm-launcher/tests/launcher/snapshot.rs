@@ -1,12 +1,13 @@
 //! A VM that is written to a directory, and goes on as another.
 
-use std::{fs, time::Duration};
+use std::{fs, path::Path, time::Duration};
 
 use caisson_protocol::{
     deadline,
     status::{Code, Status},
     vmm::{
-        Console, Fs, PauseRequest, Pmem, RestoreRequest, ResumeRequest, SnapshotRequest, VmState, Vsock, device::Kind,
+        CreateRequest, Device, Fs, PauseRequest, Pmem, RestoreRequest, RestoreResponse, ResumeRequest, SnapshotRequest,
+        VmState, Vsock, device::Kind,
     },
 };
 
@@ -44,6 +45,34 @@ for_backend!(
 for_backend!(stratovirt, StratoVirt, no_guest_is_saved);
 for_backend!(builtin, Builtin, no_guest_is_saved);
 
+/// Saves the guest that runs, whose VM ends by it.
+pub async fn save(launcher: &Launcher, snapshot: &Path) {
+    fs::create_dir(snapshot).unwrap();
+    launcher.client.pause(deadline(LIMIT), &PauseRequest::new()).await.unwrap();
+    let directory = SnapshotRequest { directory: text(snapshot), ..Default::default() };
+    launcher.client.snapshot(deadline(LIMIT), &directory).await.unwrap();
+    launcher.stop(Duration::ZERO).await;
+}
+
+/// Makes the VM again that was made by `request`, paused, with `devices` of this launcher's.
+pub async fn restore(
+    launcher: &Launcher,
+    snapshot: &Path,
+    request: CreateRequest,
+    devices: Vec<Device>,
+) -> RestoreResponse {
+    let mut vm = request.vm.unwrap();
+    vm.devices = devices;
+    let restore = RestoreRequest {
+        run_dir: text(&launcher.run_dir()),
+        directory: text(snapshot),
+        vm: Some(vm).into(),
+        options: request.options,
+        ..Default::default()
+    };
+    launcher.client.restore(deadline(LIMIT), &restore).await.unwrap()
+}
+
 async fn a_restored_guest_goes_on_where_it_was(backend: Backend) {
     goes_on_where_it_was(backend, "").await;
 }
@@ -59,38 +88,22 @@ async fn a_restored_guest_of_q35_goes_on_where_it_was(backend: Backend) {
 async fn goes_on_where_it_was(backend: Backend, options: &str) {
     let Some(images) = Images::find() else { return };
     let snapshot = images.dir.path().join("snapshot");
-    fs::create_dir(&snapshot).unwrap();
     let first = Launcher::start(backend).await;
     let mut request = first.request(&images, "tick");
     request.options += options;
-    let log = first.dir.path().join("console.log");
-    request.vm.as_mut().unwrap().devices =
-        vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    request.vm.as_mut().unwrap().devices = vec![first.logged_console()];
     first.create(&request).await.unwrap();
     first.boot().await.unwrap();
-    first.until_console_has(&log, "guest: tick").await;
-    first.client.pause(deadline(LIMIT), &PauseRequest::new()).await.unwrap();
-    let directory = SnapshotRequest { directory: text(&snapshot), ..Default::default() };
-    first.client.snapshot(deadline(LIMIT), &directory).await.unwrap();
-    first.stop(Duration::ZERO).await;
+    first.until_console_has("guest: tick").await;
+    save(&first, &snapshot).await;
 
     let second = Launcher::start(backend).await;
-    let log = second.dir.path().join("console.log");
-    let mut vm = request.vm.unwrap();
-    vm.devices = vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
-    let restore = RestoreRequest {
-        run_dir: text(&second.run_dir()),
-        directory: text(&snapshot),
-        vm: Some(vm).into(),
-        options: request.options,
-        ..Default::default()
-    };
-    second.client.restore(deadline(LIMIT), &restore).await.unwrap();
+    restore(&second, &snapshot, request, vec![second.logged_console()]).await;
     assert_eq!(second.state().await.state, VmState::PAUSED.into());
     second.client.resume(deadline(LIMIT), &ResumeRequest::new()).await.unwrap();
 
-    second.until_console_has(&log, "guest: tick").await;
-    assert!(!fs::read_to_string(log).unwrap().contains("guest: up"));
+    second.until_console_has("guest: tick").await;
+    assert!(!second.heard().contains("guest: up"));
 }
 
 /// Who listened in the guest still does. Connections that are made before the guest has noticed that its vsock is another
@@ -98,7 +111,6 @@ async fn goes_on_where_it_was(backend: Backend, options: &str) {
 async fn a_restored_guest_is_reached_by_its_new_vsock(backend: Backend) {
     let Some(images) = Images::find() else { return };
     let snapshot = images.dir.path().join("snapshot");
-    fs::create_dir(&snapshot).unwrap();
     let first = Launcher::start(backend).await;
     let script = format!("while sleep 1; do echo guest: tick; done &\nguest-load vsock {PORT} 1");
     let request = integrity::request(&first, &images, &script, &[("vsock", vsock(&first))]);
@@ -107,30 +119,15 @@ async fn a_restored_guest_is_reached_by_its_new_vsock(backend: Backend) {
         return skip("QEMU saves a guest with the host's vsock only, and this machine has no /dev/vhost-vsock");
     }
     first.boot().await.unwrap();
-    first.until_console_has(&first.dir.path().join("console.log"), "guest: listening").await;
-    first.client.pause(deadline(LIMIT), &PauseRequest::new()).await.unwrap();
-    let directory = SnapshotRequest { directory: text(&snapshot), ..Default::default() };
-    first.client.snapshot(deadline(LIMIT), &directory).await.unwrap();
-    first.stop(Duration::ZERO).await;
+    first.until_console_has("guest: listening").await;
+    save(&first, &snapshot).await;
 
     let second = Launcher::start(backend).await;
-    let mut vm = request.vm.unwrap();
-    let log = second.dir.path().join("console.log");
-    vm.devices = vec![
-        device("console", Kind::Console(Console { log: text(&log), ..Default::default() })),
-        device("vsock", vsock(&second)),
-    ];
-    let restore = RestoreRequest {
-        run_dir: text(&second.run_dir()),
-        directory: text(&snapshot),
-        vm: Some(vm).into(),
-        options: request.options,
-        ..Default::default()
-    };
-    let restored = second.client.restore(deadline(LIMIT), &restore).await.unwrap();
+    let devices = vec![second.logged_console(), device("vsock", vsock(&second))];
+    let restored = restore(&second, &snapshot, request, devices).await;
     second.client.resume(deadline(LIMIT), &ResumeRequest::new()).await.unwrap();
 
-    second.until_console_has(&log, "guest: tick").await;
+    second.until_console_has("guest: tick").await;
     exchange_over_vsock(&restored.devices[1].address.parse().unwrap(), 1).await;
     assert_all_arrived(&ended(&second).await);
 }

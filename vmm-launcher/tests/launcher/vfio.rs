@@ -9,12 +9,12 @@ use std::{
 use caisson_protocol::{
     deadline,
     status::{Code, Status},
-    vmm::{AttachRequest, Console, DetachRequest, ExitReason, Vfio, device::Kind},
+    vmm::{AttachRequest, DetachRequest, ExitReason, Vfio, device::Kind},
 };
 use caisson_testbed::skip;
 
 use crate::{
-    fixture::{Backend, Images, LIMIT, Launcher, device, for_backend, text},
+    fixture::{Backend, Images, LIMIT, Launcher, device, for_backend},
     integrity,
 };
 
@@ -117,20 +117,18 @@ async fn a_device_of_the_host_comes_and_goes(backend: Backend) {
     let launcher = Launcher::start(backend).await;
     let mut request = launcher.request(&images, "watch");
     request.options += backend.growing();
-    let log = launcher.dir.path().join("console.log");
-    request.vm.as_mut().unwrap().devices =
-        vec![device("console", Kind::Console(Console { log: text(&log), ..Default::default() }))];
+    request.vm.as_mut().unwrap().devices = vec![launcher.logged_console()];
     launcher.create(&request).await.unwrap();
     launcher.boot().await.unwrap();
-    launcher.until_console_has(&log, "guest: disks ").await;
+    launcher.until_console_has("guest: disks ").await;
 
     let attach = AttachRequest { device: Some(device("disk", spare.device())).into(), ..Default::default() };
     launcher.client.attach(deadline(LIMIT), &attach).await.unwrap();
-    launcher.until_console_has(&log, &format!("guest: disks {SERIAL}")).await;
+    launcher.until_console_has(&format!("guest: disks {SERIAL}")).await;
 
     let detach = DetachRequest { id: "disk".into(), ..Default::default() };
     launcher.client.detach(deadline(LIMIT), &detach).await.unwrap();
-    launcher.until_console_has(&log, &format!("guest: disks {SERIAL}\r\nguest: disks ")).await;
+    launcher.until_console_has(&format!("guest: disks {SERIAL}\r\nguest: disks ")).await;
 }
 
 async fn a_device_that_the_host_uses_is_not_taken_from_it(backend: Backend) {
