@@ -29,12 +29,23 @@ const OPERATIONS: &[(&str, &[&str])] = &[
     ("all devices together", &["devices::a_guest_"]),
     ("disks that come and go", &["devices::a_disk"]),
     ("device of the host (VFIO)", &["vfio::"]),
-    ("processors and memory that come and go", &["sizes::processors", "sizes::memory", "sizes::more"]),
+    (
+        "processors and memory that come and go",
+        &["sizes::processors", "sizes::memory", "sizes::more", "sizes::microvm"],
+    ),
     ("balloon", &["balloon::"]),
+    ("huge pages, or their refusal", &["memory::memory_is"]),
+    ("system call filter", &["life::a_forbidden"]),
     ("metrics", &["devices::what"]),
     (
         "bad requests refused",
-        &["refusals::", "devices::a_shared_directory_cannot", "life::a_pause_that_would_end", "snapshot::no_guest"],
+        &[
+            "refusals::",
+            "devices::a_shared_directory_cannot",
+            "life::a_pause_that_would_end",
+            "memory::a_confidential",
+            "snapshot::no_guest",
+        ],
     ),
     ("`run` on a terminal", &["terminal::"]),
     ("`ctr run`, exec, kill", &["lifecycle::"]),
@@ -43,6 +54,8 @@ const OPERATIONS: &[(&str, &[&str])] = &[
     ("`ctr run`: killed hypervisor, launcher, shim", &["crashes::"]),
     ("`ctr run`: root file system on disks", &["block_rootfs::"]),
     ("`ctr run`: sizes and guest", &["guest::", "sizes::"]),
+    ("pods as Kubernetes makes them", &["cri::"]),
+    ("VMs and pods that come and go", &["cycles::"]),
 ];
 
 /// Results by hypervisor and test; of a test that ran several times, in order.
