@@ -22,7 +22,7 @@ use crate::{
 
 /// Room for a guest of 8 GiB.
 const MEMORY_MIB: u64 = 9600;
-const LIMIT: Duration = Duration::from_secs(600);
+const LIMIT: Duration = Duration::from_secs(900);
 /// How many test hosts there are at a time.
 const LANES: usize = 2;
 /// How many test hosts a batch is given that die or are not fit for it.
