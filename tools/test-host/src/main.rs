@@ -2,8 +2,10 @@
 //! no other service in it. Runs in the initrd, statically linked.
 
 mod command;
+mod interrupts;
 mod port;
 mod pulse;
+mod sys;
 mod system;
 
 use std::thread;
@@ -11,6 +13,7 @@ use std::thread;
 use anyhow::{Context, Result};
 use caisson_test_host::{Frame, Job, Verdict};
 
+use interrupts::DeliveredOnce;
 use port::Port;
 
 fn main() {
@@ -28,6 +31,7 @@ fn serve() -> Result<()> {
     system::mount_kernel_filesystems()?;
     let arrivals = port::Arrivals::watch()?;
     system::load_modules()?;
+    let _interrupts = DeliveredOnce::new()?;
     let mut port = Port::find(&arrivals)?;
     let job = port.receive_job()?;
     pulse::start(port.clone())?;

@@ -48,13 +48,8 @@ pub enum Clock {
         cpus: u32,
     },
     /// One processor's instructions, a nanosecond each, while it has some to execute, and this machine's clock while it
-    /// waits: how little of this machine it gets makes nothing in it late.
-    ///
-    /// When KVM injects an interrupt, QEMU delivers it (`helper_vmrun` in target/i386/tcg/sysemu/svm_helper.c) and leaves its
-    /// number where an exception's would be; the next time that anything has the processor pause before the guest leaves to
-    /// KVM, it is delivered again, whatever the guest's interrupt flag says. A guest that was about to handle it then waits for
-    /// a lock of its own for ever, in a loop of `pause` instructions, for each of which QEMU takes a thousand times as long as
-    /// is counted: the clock all but stands still. This clock has the processor pause at each timer's time.
+    /// waits: how little of this machine it gets makes nothing in it late. For a `pause` instruction QEMU takes a thousand
+    /// times as long as is counted: where one thread waits for another one in a loop of them, this clock all but stands still.
     Work,
     /// One processor's instructions alone: when it has none to execute, it is at once the time of the next timer. Durations
     /// repeat.
