@@ -84,7 +84,7 @@ impl Virtiofsd {
 
     /// Answers when it has failed: what ended, and its last words. It also ends when the hypervisor hangs up; that is no
     /// failure, and never answered.
-    pub async fn failed(&self) -> String {
+    async fn failed(&self) -> String {
         let ended = self.process.ended().await;
         if ended.well() {
             std::future::pending::<()>().await;
@@ -93,22 +93,68 @@ impl Virtiofsd {
     }
 
     /// Ends it and waits until it has.
-    pub async fn end(self) {
+    pub async fn end(&self) {
         self.process.kill();
         self.process.ended().await;
     }
 }
 
-/// Answers with the words of the first that fails; never when there is none.
-pub async fn any_failed(file_servers: &[Virtiofsd]) -> String {
-    let mut ends: Vec<_> = file_servers.iter().map(|file_server| Box::pin(file_server.failed())).collect();
-    std::future::poll_fn(|context| {
-        ends.iter_mut()
-            .map(|end| end.as_mut().poll(context))
-            .find(std::task::Poll::is_ready)
-            .unwrap_or(std::task::Poll::Pending)
-    })
-    .await
+/// Those of one VM; killed when dropped.
+#[derive(Debug, Default)]
+pub struct FileServers(Vec<Virtiofsd>);
+
+/// [`FileServers`] for another launcher, by their shares.
+pub type KnownFileServers = Vec<(String, Known)>;
+
+impl FileServers {
+    /// Those of a launcher that was killed.
+    ///
+    /// # Errors
+    /// When one has ended.
+    pub fn adopt(known: &KnownFileServers) -> Result<Self> {
+        known.iter().map(|(tag, known)| Virtiofsd::adopt(tag, known)).collect::<Result<_>>().map(Self)
+    }
+
+    /// One more.
+    pub fn add(&mut self, file_server: Virtiofsd) {
+        self.0.push(file_server);
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// What another launcher needs to adopt them, if they outlive this one.
+    ///
+    /// # Errors
+    /// When one has ended.
+    pub fn known(&self, lifetime: &Lifetime) -> Result<KnownFileServers> {
+        match lifetime.is_longer() {
+            true => self.0.iter().map(Virtiofsd::known).collect(),
+            false => Ok(Vec::new()),
+        }
+    }
+
+    /// Answers with the words of the first that fails; never when there is none.
+    pub async fn failed(&self) -> String {
+        let mut failures: Vec<_> = self.0.iter().map(|file_server| Box::pin(file_server.failed())).collect();
+        std::future::poll_fn(|context| {
+            failures
+                .iter_mut()
+                .map(|failure| failure.as_mut().poll(context))
+                .find(std::task::Poll::is_ready)
+                .unwrap_or(std::task::Poll::Pending)
+        })
+        .await
+    }
+
+    /// Ends them and waits until they have.
+    pub async fn end(&self) {
+        for file_server in &self.0 {
+            file_server.end().await;
+        }
+    }
 }
 
 /// A listening socket without a name, and a connection that waits in it.

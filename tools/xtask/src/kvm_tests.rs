@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use caisson_testbed::{Accelerator, Cache, Guest, Hypervisor, Installation};
 
 use crate::{
@@ -25,16 +25,12 @@ const MEMORY_MIB: u64 = 9600;
 const LIMIT: Duration = Duration::from_secs(900);
 /// How many test hosts there are at a time.
 const LANES: usize = 2;
-/// How many test hosts a batch is given that die or are not fit for it.
-const BOOTS: usize = 4;
-/// And how many in which its tests fail. What fails in the first is told, whatever becomes of it in the second.
+/// How many test hosts a batch is given at the most, should they die.
+const BOOTS: usize = 3;
+/// And in how many its tests may fail. What fails in the first is told, whatever becomes of it in the second.
 const TRIES: usize = 2;
-/// What a test host ends with in which KVM does not run Debian's own QEMU well: `EX_TEMPFAIL` of `sysexits.h`.
-const UNFIT: u8 = 75;
 /// Nextest's own settings for it, in .config/nextest.toml.
 const PROFILE: &str = "kvm";
-/// And those for [`SIGN_OF_FITNESS`].
-const FITNESS_PROFILE: &str = "kvm-fitness";
 /// Backends that have to run where KVM works, beside those whose programs were found; see the launchers' suite.
 const REQUIRED: [&str; 2] = ["builtin", "qemu"];
 
@@ -76,21 +72,12 @@ enum Processors {
 }
 
 impl Processors {
-    /// What the clock of a batch's test host goes by, from its first boot on. By its own work, nothing is late because this
-    /// machine is busy, but interrupts' bad moments are frequent ([`Clock::Work`]). By this machine's they are rare, but a busy
-    /// machine makes guests late.
-    const fn clock(self, boot: usize) -> Clock {
+    /// What the clock of a batch's test host goes by. By its own work, nothing is late because this machine is busy; but
+    /// processors that wait for each other do so in loops of `pause` instructions ([`Clock::Work`]).
+    const fn clock(self) -> Clock {
         match self {
-            Self::One if boot % 2 == 1 => Clock::Work,
-            Self::One | Self::Several => Clock::Host { cpus: 1 },
-        }
-    }
-
-    /// The test of Debian's QEMU that says whether a test host runs guests well.
-    const fn sign_of_fitness(self) -> &'static str {
-        match self {
-            Self::One => "binary(launcher) and test(=life::qemu::a_guest_that_powers_off_ends_its_vm)",
-            Self::Several => "binary(launcher) and test(=sizes::qemu::processors_come_and_go)",
+            Self::One => Clock::Work,
+            Self::Several => Clock::Host { cpus: 1 },
         }
     }
 }
@@ -248,12 +235,6 @@ pub fn test_as_prepared(installation: &Installation, nextest: &Path, batch: usiz
     let batch = BATCHES.get(batch).with_context(|| format!("there is no batch {batch}"))?;
     let peers = Peers::as_prepared();
     let here = Here { installation, nextest, metadata: &Metadata::of(installation), peers: &peers };
-    let Batch { processors, .. } = *batch;
-    let fitness = Batch { processors, ..Batch::suite("fitness", processors.sign_of_fitness()) };
-    if let Err(error) = here.run(&fitness, FITNESS_PROFILE, None) {
-        eprintln!("    the test host is not fit for tests: {error:#}");
-        return Ok(ExitCode::from(UNFIT));
-    }
     let (results, verdict) = here.run_recorded(batch)?;
     print!("{results}");
     verdict.map(|()| ExitCode::SUCCESS)
@@ -286,40 +267,27 @@ fn all<'a>(
     (lines.into_inner().expect("no lane panics"), verdict)
 }
 
-/// A test host may die of its emulated processor, or not be fit from the start: that is no verdict on the tests, and another
-/// one boots. Tests that fail are tried in one more, too, which has done nothing before. Guests of one processor have the
-/// other clock then, since what one clock does badly the other one does well. Those of guests with several
-/// processors are left out where no test host is fit for them.
+/// A test host that dies is no verdict on the tests, and another one boots. Tests that fail are tried in one more, too,
+/// which has done nothing before.
 fn run_in(host: impl Fn(Clock) -> Result<TestHost>, batch: &Batch, task: &Task<'_>) -> Result<(String, Result<()>)> {
-    let mut tries = 0;
-    for boot in 1..=BOOTS {
+    let (mut boots, mut failures) = (0, 0);
+    loop {
+        boots += 1;
         let mut output = Vec::new();
-        match host(batch.processors.clock(boot))?.run(task, &mut output) {
-            Ok(UNFIT) => eprintln!("    boot {boot} of the test host: its emulated processor does not run guests well"),
+        let verdict = match host(batch.processors.clock())?.run(task, &mut output) {
+            Ok(0) => Ok(()),
             Ok(code) => {
-                tries += 1;
-                let verdict = match code {
-                    0 => Ok(()),
-                    code if tries < TRIES && boot < BOOTS => {
-                        eprintln!(
-                            "    boot {boot} of the test host: tests failed (exit code {code}); once more in another"
-                        );
-                        continue;
-                    }
-                    code => Err(anyhow!("tests failed in the test host (exit code {code})")),
-                };
-                return Ok((String::from_utf8_lossy(&output).into_owned(), verdict));
+                failures += 1;
+                Err(anyhow!("tests failed in the test host (exit code {code})"))
             }
-            Err(error) if boot < BOOTS => eprintln!("    boot {boot} of the test host: {error:#}"),
-            Err(error) => return Err(error),
+            Err(error) => Err(error),
+        };
+        match verdict {
+            Err(error) if boots < BOOTS && failures < TRIES => {
+                eprintln!("    boot {boots} of the test host: {error:#}; once more in another");
+            }
+            verdict => return Ok((String::from_utf8_lossy(&output).into_owned(), verdict)),
         }
-    }
-    match batch.processors {
-        Processors::Several if tries == 0 => {
-            eprintln!("    NOT RUN: {}: QEMU's own guests with several processors hang on this machine", batch.name);
-            Ok((String::new(), Ok(())))
-        }
-        _ => bail!("of {BOOTS} test hosts, {tries} were fit for the tests"),
     }
 }
 
@@ -349,20 +317,19 @@ impl Here<'_> {
     /// Runs a batch; what it found, in lines, and whether its tests passed.
     fn run_recorded(&self, batch: &Batch) -> Result<(String, Result<()>)> {
         let results = tempfile::NamedTempFile::new().context("make a file for the results")?;
-        let verdict = self.run(batch, PROFILE, Some(results.path()));
+        let verdict = self.run(batch, results.path());
         Ok((fs::read_to_string(results.path()).context("read the results")?, verdict))
     }
 
-    fn run(&self, batch: &Batch, profile: &str, results: Option<&Path>) -> Result<()> {
+    fn run(&self, batch: &Batch, results: &Path) -> Result<()> {
         let required: Vec<&str> = REQUIRED.iter().chain(&self.peers.found).copied().collect();
-        let mut command = self.metadata.nextest(self.nextest, profile);
+        let mut command = self.metadata.nextest(self.nextest);
         command.args(["-E", &batch.filter()]).env("CAISSON_REQUIRED_BACKENDS", required.join(" "));
         command.env("TESTBED_HYPERVISOR", batch.hypervisor).env("TESTBED_OPTIONS", batch.options);
         let Guest { kernel, initrd } = batch.guest.of(self.installation);
         command.env("TESTBED_KERNEL", kernel).env("TESTBED_INITRD", initrd);
         command.env("CAISSON_LAUNCHERS", &self.installation.programs).env("CAISSON_HYPERVISORS", &self.peers.folder);
-        command.env("TESTBED_CYCLES", POD_CYCLES);
-        command.envs(results.map(|results| ("CAISSON_RESULTS", results)));
+        command.env("TESTBED_CYCLES", POD_CYCLES).env("CAISSON_RESULTS", results);
         run(&mut command)
     }
 }
@@ -399,9 +366,9 @@ impl Metadata {
         Ok(metadata)
     }
 
-    fn nextest(&self, program: &Path, profile: &str) -> Command {
+    fn nextest(&self, program: &Path) -> Command {
         let mut nextest = Command::new(program);
-        nextest.args(["nextest", "run", "--profile", profile, "--no-tests=fail"]);
+        nextest.args(["nextest", "run", "--profile", PROFILE, "--no-tests=fail"]);
         nextest.arg("--binaries-metadata").arg(&self.binaries).arg("--cargo-metadata").arg(&self.cargo);
         nextest.current_dir(Installation::workspace());
         nextest

@@ -3,7 +3,7 @@
 use std::{os::fd::OwnedFd, path::Path, sync::Arc, thread};
 
 use caisson_protocol::vmm::VmConfig;
-use caisson_vmm_launcher::{Error, Result, virtiofsd::Virtiofsd};
+use caisson_vmm_launcher::{Error, Result, virtiofsd::FileServers};
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -47,7 +47,7 @@ pub struct Parts<'a> {
     /// What the threads that carry out the guest's wishes are confined by, if they are.
     pub filter: Option<Filter>,
     /// Gets the processes that the VM's devices need.
-    pub file_servers: &'a mut Vec<Virtiofsd>,
+    pub file_servers: &'a mut FileServers,
 }
 
 /// Builds the VM. Answers where the guest finds its devices, in the request's order.

@@ -3,7 +3,12 @@
 use std::path::Path;
 
 use caisson_protocol::vmm::{Block, Device, VmConfig, device::Kind};
-use caisson_vmm_launcher::{Error, Result, outlive::Lifetime, request, virtiofsd::Virtiofsd};
+use caisson_vmm_launcher::{
+    Error, Result,
+    outlive::Lifetime,
+    request,
+    virtiofsd::{FileServers, Virtiofsd},
+};
 use vm_memory::GuestAddress;
 
 use crate::{
@@ -33,7 +38,7 @@ pub struct NamedDevice {
 pub struct Devices<'a> {
     options: &'a Options,
     run_dir: &'a Path,
-    file_servers: &'a mut Vec<Virtiofsd>,
+    file_servers: &'a mut FileServers,
     made: Made,
 }
 
@@ -50,7 +55,7 @@ pub struct Made {
 
 impl<'a> Devices<'a> {
     /// No devices yet. `file_servers` gets the processes that they need.
-    pub fn new(options: &'a Options, run_dir: &'a Path, file_servers: &'a mut Vec<Virtiofsd>) -> Self {
+    pub fn new(options: &'a Options, run_dir: &'a Path, file_servers: &'a mut FileServers) -> Self {
         Self { options, run_dir, file_servers, made: Made::default() }
     }
 
@@ -82,7 +87,7 @@ impl<'a> Devices<'a> {
                     FileServer::Builtin => self.push(id, "fs", fs::InProcess::new(share)?, address),
                     FileServer::Virtiofsd => {
                         let (daemon, connection) = Virtiofsd::start(share, self.run_dir, &Lifetime::of_launcher())?;
-                        self.file_servers.push(daemon);
+                        self.file_servers.add(daemon);
                         self.push(id, "fs", fs::over_vhost_user(share, connection)?, address)
                     }
                 }

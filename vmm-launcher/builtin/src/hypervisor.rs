@@ -20,7 +20,7 @@ use caisson_vmm_launcher::{
     options::{describe, parse},
     request,
     size::{Sizes, no_balloon},
-    virtiofsd::{self, Virtiofsd},
+    virtiofsd::FileServers,
     vm::exit,
 };
 use tokio::{sync::oneshot, time::timeout};
@@ -47,7 +47,7 @@ pub struct Builtin {
     machine: Mutex<Option<Machine>>,
     ending: Ending,
     console: Console,
-    file_servers: Mutex<Vec<Virtiofsd>>,
+    file_servers: FileServers,
     violations: Option<Violations>,
     sizes: Sizes,
 }
@@ -104,7 +104,7 @@ impl Hypervisor for Builtin {
         }
         let (console, far) = Console::open(console::log_of(&config.devices), audience)?;
         let confinement = options.seccomp.then(|| Confinement::prepare(&options)).transpose()?;
-        let (ending, mut file_servers) = (Ending::default(), Vec::new());
+        let (ending, mut file_servers) = (Ending::default(), FileServers::default());
         let parts = Parts {
             options: &options,
             run_dir: Path::new(&request.run_dir),
@@ -120,7 +120,7 @@ impl Hypervisor for Builtin {
         let (machine, addresses) = match built {
             Ok(built) => built,
             Err(error) => {
-                end(file_servers).await;
+                file_servers.end().await;
                 return Err(error);
             }
         };
@@ -134,7 +134,7 @@ impl Hypervisor for Builtin {
             machine: Mutex::new(Some(machine)),
             ending,
             console,
-            file_servers: Mutex::new(file_servers),
+            file_servers,
             violations: confinement.map(Confinement::enter),
             sizes: Sizes::of(config),
         };
@@ -172,10 +172,9 @@ impl Hypervisor for Builtin {
     }
 
     async fn ended(&self) -> WaitResponse {
-        let file_servers = std::mem::take(&mut *self.file_servers.lock().expect("nobody panics with them"));
         let (why, stands_still) = tokio::select! {
             end = self.ending.told() => (end, false),
-            words = virtiofsd::any_failed(&file_servers) => (End::Failed(words), false),
+            words = self.file_servers.failed() => (End::Failed(words), false),
             words = self.violation() => (End::Failed(words), true),
         };
         // A vCPU that is still in the guest, or that comes out of it, goes no further.
@@ -188,7 +187,7 @@ impl Hypervisor for Builtin {
             self.end_threads(machine).await;
         }
         self.console.drained().await;
-        end(file_servers).await;
+        self.file_servers.end().await;
         let (reason, detail) = self.explain(why);
         info!(?reason, "the guest's threads have ended");
         WaitResponse { console_tail: self.console.tail(), ..exit(reason, detail) }
@@ -280,21 +279,15 @@ impl Confinement {
 }
 
 /// Waits until the file servers serve: a guest without its files is of no use.
-async fn meet(file_servers: &[Virtiofsd], backends: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+async fn meet(file_servers: &FileServers, backends: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
     if file_servers.is_empty() {
         return Ok(());
     }
     let met = tokio::task::spawn_blocking(backends).await.unwrap_or(Ok(()));
     let Err(error) = met else { return Ok(()) };
     // One that has ended has last words.
-    let words = timeout(LAST_WORDS, virtiofsd::any_failed(file_servers)).await;
+    let words = timeout(LAST_WORDS, file_servers.failed()).await;
     Err(words.map_or(error, Error::Hypervisor))
-}
-
-async fn end(file_servers: Vec<Virtiofsd>) {
-    for file_server in file_servers {
-        file_server.end().await;
-    }
 }
 
 /// A request that names a hypervisor means another one than this.

@@ -22,11 +22,11 @@ use caisson_vmm_launcher::{
     jail::{self, Jail},
     kernel, kvm, metrics,
     options::{describe, parse},
-    outlive::{Known, Lifetime, Memory, connect},
+    outlive::{Lifetime, Memory, connect},
     process::{Ended, Process, Streams},
     request,
     size::Sizes,
-    virtiofsd::{Virtiofsd, any_failed, connected_listener, named_listener},
+    virtiofsd::{FileServers, KnownFileServers, Virtiofsd, connected_listener, named_listener},
     vm::exit,
 };
 use serde::{Deserialize, Serialize};
@@ -64,7 +64,7 @@ pub struct CloudHypervisor {
     events: Events,
     console: Console,
     attached: Attached,
-    file_servers: Mutex<Vec<Virtiofsd>>,
+    file_servers: FileServers,
     run_dir: RunDir,
     sizes: Mutex<Sizes>,
     lifetime: Lifetime,
@@ -79,8 +79,7 @@ struct Constant {
     console_log: Option<PathBuf>,
     /// The number of Cloud Hypervisor's descriptor for them.
     events: i32,
-    /// By their shares.
-    file_servers: Vec<(String, Known)>,
+    file_servers: KnownFileServers,
 }
 
 /// What another launcher needs to know, beside Cloud Hypervisor's process.
@@ -220,18 +219,15 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn ended(&self) -> WaitResponse {
-        let file_servers = std::mem::take(&mut *self.file_servers.lock().expect("nobody panics with the servers"));
         let (ended, helper) = tokio::select! {
-            end = self.process.ended_with(any_failed(&file_servers)) => end,
+            end = self.process.ended_with(self.file_servers.failed()) => end,
             () = self.events.rebooting() => {
                 self.process.kill();
                 (self.process.ended().await, None)
             }
         };
         self.console.drained().await;
-        for file_server in file_servers {
-            file_server.end().await;
-        }
+        self.file_servers.end().await;
         self.attached.forget();
         self.run_dir.remove();
         if self.lifetime.is_longer() {
@@ -282,9 +278,8 @@ impl Hypervisor for CloudHypervisor {
         };
         let serial = connect(&memory.process, &run_dir.path(SERIAL)).await?;
         let console = Console::adopt(serial, known.console_log.as_deref())?;
-        let servers = known.file_servers.iter().map(|(tag, known)| Virtiofsd::adopt(tag, known));
         let hypervisor = Self {
-            file_servers: Mutex::new(servers.collect::<Result<_>>()?),
+            file_servers: FileServers::adopt(&known.file_servers)?,
             process,
             api,
             events,
@@ -327,7 +322,7 @@ struct Started {
     process: Process,
     api: Api,
     events: Events,
-    file_servers: Vec<Virtiofsd>,
+    file_servers: FileServers,
     run_dir: RunDir,
     lifetime: Lifetime,
     known: Constant,
@@ -343,10 +338,10 @@ async fn start(request: &CreateRequest, vm: &VmConfig, options: &Options, mut ja
     let lifetime = Lifetime::of(request)?;
     jail.let_live(&lifetime);
     let run_dir = RunDir::new(run_dir);
-    let mut file_servers = Vec::new();
+    let mut file_servers = FileServers::default();
     for device in &vm.devices {
         if let Some(Kind::Fs(fs)) = &device.kind {
-            file_servers.push(Virtiofsd::listen(fs, &run_dir.fs_socket(&device.id), &lifetime)?);
+            file_servers.add(Virtiofsd::listen(fs, &run_dir.fs_socket(&device.id), &lifetime)?);
         }
     }
     let (listener, connection) = match lifetime.is_longer() {
@@ -361,10 +356,7 @@ async fn start(request: &CreateRequest, vm: &VmConfig, options: &Options, mut ja
         state_dir,
         console_log: console::log_of(&vm.devices).map(Path::to_owned),
         events: monitor.as_raw_fd(),
-        file_servers: match lifetime.is_longer() {
-            true => file_servers.iter().map(Virtiofsd::known).collect::<Result<_>>()?,
-            false => Vec::new(),
-        },
+        file_servers: file_servers.known(&lifetime)?,
     };
     let descriptor = |option: &str, fd: &OwnedFd| [option.to_owned(), format!("fd={}", fd.as_raw_fd())];
     let mut arguments = descriptor("--api-socket", &listener).to_vec();
@@ -379,7 +371,7 @@ async fn start(request: &CreateRequest, vm: &VmConfig, options: &Options, mut ja
     let answered = tokio::select! {
         // What ended explains why nothing answers.
         biased;
-        helper = any_failed(&started_up.file_servers) => Err(Error::Hypervisor(helper)),
+        helper = started_up.file_servers.failed() => Err(Error::Hypervisor(helper)),
         ended = started_up.process.ended() => {
             let ended = started_up.process.describe(&ended);
             Err(Error::Hypervisor(format!("Cloud Hypervisor did not start: {ended}")))
@@ -424,7 +416,7 @@ impl Started {
             events,
             console,
             attached,
-            file_servers: Mutex::new(file_servers),
+            file_servers,
             run_dir,
             sizes: Mutex::new(Sizes::of(vm)),
             lifetime,
@@ -438,9 +430,7 @@ impl Started {
         let ended = timeout(END_AFTER_REFUSAL, self.process.ended()).await;
         self.process.kill();
         self.process.ended().await;
-        for file_server in self.file_servers {
-            file_server.end().await;
-        }
+        self.file_servers.end().await;
         match ended {
             Ok(ended) if !ended.stderr.is_empty() && !why.to_string().contains(&ended.stderr) => {
                 Error::Hypervisor(format!("{why}: {}", self.process.describe(&ended)))

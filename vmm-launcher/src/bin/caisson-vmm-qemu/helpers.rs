@@ -5,23 +5,22 @@ use std::path::PathBuf;
 use caisson_vmm_launcher::{
     Result,
     guest_vsock::VsockServer,
-    outlive::Known,
-    virtiofsd::{Virtiofsd, any_failed},
+    outlive::{Known, Lifetime},
+    virtiofsd::{FileServers, KnownFileServers},
 };
 use serde::{Deserialize, Serialize};
 
 /// What lives as long as QEMU does.
 #[derive(Default)]
 pub struct Helpers {
-    pub file_servers: Vec<Virtiofsd>,
+    pub file_servers: FileServers,
     pub vsock: Option<VsockServer>,
 }
 
 /// [`Helpers`] for another launcher.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct KnownHelpers {
-    /// By their shares.
-    file_servers: Vec<(String, Known)>,
+    file_servers: KnownFileServers,
     /// By its socket.
     vsock: Option<(PathBuf, Known)>,
 }
@@ -32,18 +31,17 @@ impl Helpers {
     /// # Errors
     /// When one is gone.
     pub fn adopt(known: &KnownHelpers) -> Result<Self> {
-        let file_servers = known.file_servers.iter().map(|(tag, known)| Virtiofsd::adopt(tag, known));
         let vsock = known.vsock.as_ref().map(|(socket, known)| VsockServer::adopt(socket, known));
-        Ok(Self { file_servers: file_servers.collect::<Result<_>>()?, vsock: vsock.transpose()? })
+        Ok(Self { file_servers: FileServers::adopt(&known.file_servers)?, vsock: vsock.transpose()? })
     }
 
-    /// For another launcher.
+    /// For another launcher, those that outlive this one.
     ///
     /// # Errors
     /// When one has ended.
-    pub fn known(&self) -> Result<KnownHelpers> {
+    pub fn known(&self, lifetime: &Lifetime) -> Result<KnownHelpers> {
         Ok(KnownHelpers {
-            file_servers: self.file_servers.iter().map(Virtiofsd::known).collect::<Result<_>>()?,
+            file_servers: self.file_servers.known(lifetime)?,
             vsock: self.vsock.as_ref().map(VsockServer::known).transpose()?.flatten(),
         })
     }
@@ -57,16 +55,14 @@ impl Helpers {
             }
         };
         tokio::select! {
-            helper = any_failed(&self.file_servers) => helper,
+            helper = self.file_servers.failed() => helper,
             helper = vsock => helper,
         }
     }
 
     /// Ends them.
     pub async fn end(self) {
-        for file_server in self.file_servers {
-            file_server.end().await;
-        }
+        self.file_servers.end().await;
         if let Some(vsock) = self.vsock {
             vsock.end().await;
         }

@@ -323,7 +323,7 @@ async fn start_with(
         sizes: Sizes::of(vm, options.machine_type),
         run_dir: request.run_dir.clone().into(),
         unsaveable: unsaveable(vm, helpers.vsock.is_some()),
-        known: if lifetime.is_longer() { helpers.known()? } else { KnownHelpers::default() },
+        known: helpers.known(&lifetime)?,
         sockets,
         console_log: console_log.map(Path::to_owned),
     };
@@ -443,7 +443,7 @@ fn add(
         }
         Kind::Fs(fs) => {
             let (file_server, connection) = Virtiofsd::start(fs, run_dir, lifetime)?;
-            helpers.file_servers.push(file_server);
+            helpers.file_servers.add(file_server);
             line.fs(id, &fs.tag, connection);
             Ok(format!("tag:{}", fs.tag))
         }

@@ -23,13 +23,13 @@ use caisson_vmm_launcher::{
     hypervisor::{Adopted, Created, Hypervisor},
     kvm, metrics,
     options::{describe, parse},
-    outlive::{Known, Lifetime, Memory, connect as connect_to},
+    outlive::{Lifetime, Memory, connect as connect_to},
     process::{Ended, Process, Streams},
     qmp::Qmp,
     request,
     size::Sizes,
     tap,
-    virtiofsd::{Virtiofsd, any_failed},
+    virtiofsd::{FileServers, KnownFileServers, Virtiofsd},
     vm::exit,
 };
 use serde::{Deserialize, Serialize};
@@ -76,7 +76,7 @@ pub struct StratoVirt {
     process: Process,
     qmp: Qmp,
     console: Console,
-    file_servers: Mutex<Vec<Virtiofsd>>,
+    file_servers: FileServers,
     slots: Slots,
     /// Before it was it is paused, too, as far as StratoVirt tells.
     booted: AtomicBool,
@@ -96,8 +96,7 @@ struct Constant {
     serial: PathBuf,
     /// Those two and the file servers'.
     sockets: Vec<PathBuf>,
-    /// By their shares.
-    file_servers: Vec<(String, Known)>,
+    file_servers: KnownFileServers,
 }
 
 /// What another launcher needs to know, beside StratoVirt's process.
@@ -187,12 +186,9 @@ impl Hypervisor for StratoVirt {
     }
 
     async fn ended(&self) -> WaitResponse {
-        let file_servers = std::mem::take(&mut *self.file_servers.lock().expect("nobody panics with the helpers"));
-        let (ended, helper) = self.process.ended_with(any_failed(&file_servers)).await;
+        let (ended, helper) = self.process.ended_with(self.file_servers.failed()).await;
         self.console.drained().await;
-        for file_server in file_servers {
-            file_server.end().await;
-        }
+        self.file_servers.end().await;
         drop(self.sockets.lock().expect("nobody panics with the sockets").take());
         let (reason, detail) = match (helper, self.console.panic()) {
             (Some(helper), _) => (ExitReason::HYPERVISOR_FAILED, helper),
@@ -234,9 +230,8 @@ impl Hypervisor for StratoVirt {
             _ if booted => VmState::PAUSED,
             _ => VmState::CREATED,
         };
-        let servers = constant.file_servers.iter().map(|(tag, known)| Virtiofsd::adopt(tag, known));
         let hypervisor = Self {
-            file_servers: Mutex::new(servers.collect::<Result<_>>()?),
+            file_servers: FileServers::adopt(&constant.file_servers)?,
             process,
             qmp,
             console,
@@ -261,7 +256,7 @@ struct Plan<'a> {
     run_dir: &'a Path,
     line: CommandLine,
     slots: Slots,
-    file_servers: Vec<Virtiofsd>,
+    file_servers: FileServers,
     /// Where they listen, until StratoVirt has connected.
     sockets: Sockets,
     lifetime: Lifetime,
@@ -287,7 +282,7 @@ impl<'a> Plan<'a> {
             run_dir,
             line,
             slots: Slots::default(),
-            file_servers: Vec::new(),
+            file_servers: FileServers::default(),
             sockets: Sockets::default(),
             lifetime,
         };
@@ -328,7 +323,7 @@ impl<'a> Plan<'a> {
             }
             Kind::Fs(fs) => {
                 let socket = self.run_dir.join(format!("fs-{id}.sock"));
-                self.file_servers.push(Virtiofsd::listen(fs, &socket, &self.lifetime)?);
+                self.file_servers.add(Virtiofsd::listen(fs, &socket, &self.lifetime)?);
                 self.line.fs(id, &fs.tag, &socket)?;
                 self.sockets.0.push(socket);
                 return Ok(format!("tag:{}", fs.tag));
@@ -362,7 +357,6 @@ impl<'a> Plan<'a> {
                 });
                 let console = Console::over(connection, log, audience)?;
                 info!(pid = process.pid(), "StratoVirt started");
-                let longer = self.lifetime.is_longer();
                 let constant = Constant {
                     sizes: Sizes::of(vm),
                     filtered: options.seccomp,
@@ -370,22 +364,16 @@ impl<'a> Plan<'a> {
                     protocol,
                     serial,
                     sockets: self.sockets.0.clone(),
-                    file_servers: match longer {
-                        true => self.file_servers.iter().map(Virtiofsd::known).collect::<Result<_>>()?,
-                        false => Vec::new(),
-                    },
+                    file_servers: self.file_servers.known(&self.lifetime)?,
                 };
-                let (file_servers, sockets) =
-                    (Mutex::new(self.file_servers), Mutex::new(longer.then_some(self.sockets)));
-                let (slots, booted) = (self.slots, AtomicBool::new(false));
+                let sockets = Mutex::new(self.lifetime.is_longer().then_some(self.sockets));
+                let (file_servers, slots, booted) = (self.file_servers, self.slots, AtomicBool::new(false));
                 Ok(StratoVirt { process, qmp, console, file_servers, slots, booted, constant, sockets })
             }
             Err(error) => {
                 process.kill();
                 let ended = process.ended().await;
-                for file_server in self.file_servers {
-                    file_server.end().await;
-                }
+                self.file_servers.end().await;
                 Err(error.unwrap_or_else(|| did_not_start(&process, &ended)))
             }
         }
