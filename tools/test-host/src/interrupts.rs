@@ -125,3 +125,16 @@ fn instruction(code: u8, destination: u8, source: u8, offset: i16, constant: i32
     let [a, b, c, d] = constant.to_le_bytes();
     u64::from_le_bytes([code, source << 4 | destination, low, high, a, b, c, d])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As the kernel's Documentation/bpf/instruction-set.rst lays them out.
+    #[test]
+    fn instructions_are_laid_out_as_the_kernel_reads_them() {
+        assert_eq!(store(FRAME, THREAD, R0).to_le_bytes(), [0x7b, 0x0a, 0xf8, 0xff, 0, 0, 0, 0]);
+        assert_eq!(copy(R2, FRAME).to_le_bytes(), [0xbf, 0xa2, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(call(SEND_SIGNAL).to_le_bytes(), [0x85, 0, 0, 0, 109, 0, 0, 0]);
+    }
+}
