@@ -149,11 +149,9 @@ const BATCHES: [Batch; 22] = [
     Batch::suite("every launcher: disks", "binary(launcher) and test(/^disks::/)"),
     Batch::suite("every launcher: life", "binary(launcher) and test(/^(balloon|life|memory|sizes|snapshot)::/)"),
     Batch::suite("every launcher: several processors", "binary(launcher)").with_several_processors(),
-    // What is typed at other hypervisors' serial ports has not always reached a guest in the emulated machine.
     Batch::suite(
         "every launcher: adoption, capabilities, refusals and terminals",
-        "binary(launcher) and test(/^(adoption|capabilities|refusals|terminal)::/) and \
-         not (test(/::a_guest_in_a_pipe/) and not test(/::(builtin|qemu)::/))",
+        "binary(launcher) and test(/^(adoption|capabilities|refusals|terminal)::/)",
     ),
     Batch::suite("every launcher: network cards, and a hundred VMs", "binary(launcher) and test(/^(cards|cycles)::/)"),
     Batch::builtin(
