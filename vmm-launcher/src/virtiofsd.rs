@@ -99,7 +99,7 @@ impl Virtiofsd {
     }
 }
 
-/// Those of one VM; killed when dropped.
+/// The file servers of one VM; killed when dropped.
 #[derive(Debug, Default)]
 pub struct FileServers(Vec<Virtiofsd>);
 

@@ -42,7 +42,7 @@ const FRAME: u8 = 10;
 /// Where in the frame the thread's id is.
 const THREAD: i16 = -8;
 
-/// From now on, for as long as this is kept.
+/// Guests get each interrupt once for as long as this is kept.
 #[derive(Debug)]
 pub struct DeliveredOnce {
     _attached: [OwnedFd; 2],

@@ -31,7 +31,6 @@ fn serve() -> Result<()> {
     system::mount_kernel_filesystems()?;
     let arrivals = port::Arrivals::watch()?;
     system::load_modules()?;
-    let _interrupts = DeliveredOnce::new()?;
     let mut port = Port::find(&arrivals)?;
     let job = port.receive_job()?;
     pulse::start(port.clone())?;
@@ -40,6 +39,7 @@ fn serve() -> Result<()> {
 }
 
 fn run(job: &Job, port: &Port) -> Result<u8> {
+    let _interrupts = DeliveredOnce::new()?;
     system::enter_root(&job.shared)?;
     system::prepare()?;
     let verdict: Verdict = command::run(job, port)?;
