@@ -43,8 +43,16 @@ impl Scope {
         let dir = tempfile::Builder::new().prefix(PREFIX).tempdir_in(PARENT).context("make a directory in /tmp")?;
         let scope = Self { dir: dir.keep() };
         fs::create_dir(scope.run_dir()).context("make the run directory")?;
-        fs::write(scope.owner(), this_process()?).context("mark the directory's owner")?;
+        scope.mark(&this_process()?)?;
         Ok(scope)
+    }
+
+    /// Says whose the directory is, all at once: who sweeps meanwhile never reads half of it.
+    fn mark(&self, owner: &str) -> Result<()> {
+        let unfinished = self.dir.join("owner.new");
+        fs::write(&unfinished, owner)
+            .and_then(|()| fs::rename(&unfinished, self.owner()))
+            .with_context(|| format!("mark the owner of {}", self.dir.display()))
     }
 
     /// Ends what processes that were killed have left behind.
@@ -251,8 +259,9 @@ mod tests {
     #[test]
     fn a_directory_whose_owner_has_ended_is_swept() {
         let scope = Scope::create().unwrap();
-        fs::write(scope.owner(), format!("{} 1", std::process::id())).unwrap();
         let mut child = Command::new("sleep").arg("60").env("CAISSON_RUN_DIR", scope.run_dir()).spawn().unwrap();
+        // From here on, other tests' containerds sweep it too.
+        scope.mark(&format!("{} 1", std::process::id())).unwrap();
         Scope::sweep_abandoned().unwrap();
         assert!(!child.wait().unwrap().success());
         assert!(!scope.dir().exists());
