@@ -152,7 +152,7 @@ pub(crate) async fn capabilities<H: Hypervisor>(path: &Path) -> Result<Capabilit
         Ok(()) => told.operations.push("adopt".into()),
         Err(why) => drop(told.missing.insert("adopt".into(), why.into())),
     }
-    let none = || "the launcher gives guests none of the host's devices from the start".into();
+    let none = || "sandboxes are given none of the host's devices, whatever the hypervisor could".into();
     told.missing.entry("cold-plug-vfio".into()).or_insert_with(none);
     Ok(told)
 }

@@ -105,9 +105,9 @@ fn check_size(vm: &VmConfig, max_vcpus: u32) -> Result<()> {
             vm.memory_mib
         )));
     }
-    if vm.max_memory_mib != 0 && vm.max_memory_mib < vm.memory_mib {
+    if vm.max_memory_mib != 0 && !(vm.memory_mib..=MAX_MEMORY_MIB).contains(&vm.max_memory_mib) {
         return Err(Error::Invalid(format!(
-            "max_memory_mib {} is less than memory_mib {}",
+            "max_memory_mib {} is out of range: {} to {MAX_MEMORY_MIB}",
             vm.max_memory_mib, vm.memory_mib
         )));
     }

@@ -1,13 +1,13 @@
 //! The `Vmm` contract over ttrpc: messages in, [`Vm`]'s verbs, messages out.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{future::Future, path::Path, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use caisson_protocol::{status::Status, vmm::*, vmm_ttrpc};
 use ttrpc::asynchronous::TtrpcContext;
 
 use crate::{
-    Result,
+    Error, Result,
     console::Audience,
     hypervisor::{Hypervisor, capabilities},
     request,
@@ -17,6 +17,38 @@ use crate::{
 /// Serves one VM.
 pub(crate) struct Service<H> {
     pub(crate) vm: Arc<Vm<H>>,
+}
+
+impl<H: Hypervisor> Service<H> {
+    /// Does `verb` whole, also when its caller has given up by then: ttrpc drops what is not done at the caller's deadline,
+    /// and a VM would be left between two states.
+    async fn whole<T, W>(&self, verb: impl FnOnce(Arc<Vm<H>>) -> W) -> ttrpc::Result<T>
+    where
+        T: Send + 'static,
+        W: Future<Output = Result<T>> + Send + 'static,
+    {
+        // The work is broken off only by the end of this process.
+        answer(tokio::spawn(verb(self.vm.clone())).await.unwrap_or(Err(Error::Stopped)))
+    }
+
+    /// Likewise for what changes nothing but the hypervisor. Another launcher then knows of it, also of a change that was done
+    /// by half.
+    async fn change<T, W>(
+        &self,
+        verb: &'static str,
+        change: impl FnOnce(Arc<H>) -> W + Send + 'static,
+    ) -> ttrpc::Result<T>
+    where
+        T: Send + 'static,
+        W: Future<Output = Result<T>> + Send + 'static,
+    {
+        self.whole(move |vm| async move {
+            let changed = change(vm.alive(verb)?).await;
+            vm.remember();
+            changed
+        })
+        .await
+    }
 }
 
 fn answer<T>(result: Result<T>) -> ttrpc::Result<T> {
@@ -38,12 +70,13 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
     }
 
     async fn boot(&self, _: &TtrpcContext, _: BootRequest) -> ttrpc::Result<BootResponse> {
-        answer(self.vm.boot().await)?;
+        self.whole(|vm| async move { vm.boot().await }).await?;
         Ok(BootResponse::default())
     }
 
     async fn stop(&self, _: &TtrpcContext, request: StopRequest) -> ttrpc::Result<StopResponse> {
-        self.vm.stop(Duration::from_millis(request.grace_ms.into())).await;
+        let grace = Duration::from_millis(request.grace_ms.into());
+        self.whole(move |vm| async move { Ok(vm.stop(grace).await) }).await?;
         Ok(StopResponse::default())
     }
 
@@ -64,18 +97,22 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
     }
 
     async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<PauseResponse> {
-        answer(self.vm.pause().await)?;
-        self.vm.remember();
+        self.whole(|vm| async move {
+            vm.pause().await?;
+            vm.remember();
+            Ok(())
+        })
+        .await?;
         Ok(PauseResponse::default())
     }
 
     async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<ResumeResponse> {
-        answer(self.vm.resume().await)?;
+        self.whole(|vm| async move { vm.resume().await }).await?;
         Ok(ResumeResponse::default())
     }
 
     async fn snapshot(&self, _: &TtrpcContext, request: SnapshotRequest) -> ttrpc::Result<SnapshotResponse> {
-        answer(answer_alive(&self.vm, "snapshot")?.snapshot(&request).await)?;
+        self.change("snapshot", |hypervisor| async move { hypervisor.snapshot(&request).await }).await?;
         Ok(SnapshotResponse::default())
     }
 
@@ -86,22 +123,23 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
     }
 
     async fn attach(&self, _: &TtrpcContext, request: AttachRequest) -> ttrpc::Result<AttachResponse> {
-        let hypervisor = answer_alive(&self.vm, "attach a device to")?;
-        answer(request::check_device(&request.device))?;
-        let device = answer(hypervisor.attach(&request.device).await)?;
-        self.vm.remember();
+        let attach = |hypervisor: Arc<H>| async move {
+            request::check_device(&request.device)?;
+            hypervisor.attach(&request.device).await
+        };
+        let device = self.change("attach a device to", attach).await?;
         Ok(AttachResponse { device: Some(device).into(), ..Default::default() })
     }
 
     async fn detach(&self, _: &TtrpcContext, request: DetachRequest) -> ttrpc::Result<DetachResponse> {
-        answer(answer_alive(&self.vm, "detach a device from")?.detach(&request.id).await)?;
-        self.vm.remember();
+        let detach = |hypervisor: Arc<H>| async move { hypervisor.detach(&request.id).await };
+        self.change("detach a device from", detach).await?;
         Ok(DetachResponse::default())
     }
 
     async fn resize_vcpus(&self, _: &TtrpcContext, request: ResizeVcpusRequest) -> ttrpc::Result<ResizeVcpusResponse> {
-        let vcpus = answer(answer_alive(&self.vm, "resize")?.resize_vcpus(&request).await)?;
-        self.vm.remember();
+        let resize = |hypervisor: Arc<H>| async move { hypervisor.resize_vcpus(&request).await };
+        let vcpus = self.change("resize", resize).await?;
         Ok(ResizeVcpusResponse { vcpus, ..Default::default() })
     }
 
@@ -110,8 +148,8 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
         _: &TtrpcContext,
         request: ResizeMemoryRequest,
     ) -> ttrpc::Result<ResizeMemoryResponse> {
-        let memory_mib = answer(answer_alive(&self.vm, "resize")?.resize_memory(&request).await)?;
-        self.vm.remember();
+        let resize = |hypervisor: Arc<H>| async move { hypervisor.resize_memory(&request).await };
+        let memory_mib = self.change("resize", resize).await?;
         Ok(ResizeMemoryResponse { memory_mib, ..Default::default() })
     }
 
@@ -120,8 +158,8 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
         _: &TtrpcContext,
         request: ResizeBalloonRequest,
     ) -> ttrpc::Result<ResizeBalloonResponse> {
-        let hypervisor = answer_alive(&self.vm, "resize the balloon of")?;
-        let memory_mib = answer(hypervisor.resize_balloon(&request).await)?;
+        let resize = |hypervisor: Arc<H>| async move { hypervisor.resize_balloon(&request).await };
+        let memory_mib = self.change("resize the balloon of", resize).await?;
         Ok(ResizeBalloonResponse { memory_mib, ..Default::default() })
     }
 
@@ -135,7 +173,7 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
     }
 
     async fn metrics(&self, _: &TtrpcContext, _: MetricsRequest) -> ttrpc::Result<MetricsResponse> {
-        let hypervisor = answer_alive(&self.vm, "measure")?;
+        let hypervisor = answer(self.vm.alive("measure"))?;
         let bytes = hypervisor.console().bytes();
         let text = format!(
             "# HELP caisson_vm_console_bytes_total Bytes that the guest wrote to its console.\n\
@@ -147,15 +185,39 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
     }
 }
 
-fn answer_alive<H: Hypervisor>(vm: &Vm<H>, verb: &'static str) -> ttrpc::Result<Arc<H>> {
-    answer(vm.alive(verb))
-}
-
 /// The default where the request names none.
 fn name_hypervisor<H: Hypervisor>(vm: Option<&mut VmConfig>) {
     if let Some(vm) = vm
         && vm.hypervisor_path.is_empty()
     {
         vm.hypervisor_path = H::DEFAULT_PATH.to_owned();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use caisson_protocol::vmm_ttrpc::Vmm;
+    use tokio::task::yield_now;
+
+    use super::*;
+    use crate::vm::tests::created;
+
+    #[tokio::test]
+    async fn a_verb_is_done_whole_when_its_caller_has_given_up() {
+        let vm = created("late").await;
+        vm.boot().await.unwrap();
+        let service = Service { vm: vm.clone() };
+        let context = TtrpcContext { mh: Default::default(), metadata: Default::default(), timeout_nano: 0 };
+        let fake = vm.alive("pause").unwrap();
+        tokio::select! {
+            _ = service.pause(&context, PauseRequest::default()) => panic!("the hypervisor has not answered"),
+            () = fake.asked.notified() => {}
+        }
+        assert_eq!(vm.state().0, VmState::PAUSED);
+        // It cannot be paused, and so it runs, whoever listens.
+        fake.answer.notify_one();
+        while vm.state().0 != VmState::RUNNING {
+            yield_now().await;
+        }
     }
 }

@@ -468,4 +468,4 @@ pub fn exit(reason: ExitReason, detail: String) -> WaitResponse {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -44,11 +44,10 @@ const POD_CYCLES: &str = "25";
 /// One container with a second process.
 const SIGN_OF_LIFE: &str = "binary(end_to_end) and test(=lifecycle::exec_has_streams_and_an_exit_code_of_its_own)";
 
-/// What `ctr` does with a container and with a pod, and what becomes of them when a program is killed. Not every hypervisor
-/// has a file system daemon.
-const CONTAINERS: &str = "binary(end_to_end) \
-                          and test(/^(crashes|lifecycle|pod|streams)::|^guest::a_guest_may_have_its_root_on_a_disk/) \
-                          and not test(/a_killed_file_system_daemon/)";
+/// What `ctr` does with a container and with a pod, what becomes of them when a program is killed, and what cannot start. Not
+/// every hypervisor has a file system daemon.
+const CONTAINERS: &str = "binary(end_to_end) and not test(/file_system_daemon/) and \
+                          test(/^(crashes|errors|lifecycle|pod|streams)::|^guest::a_guest_may_have_its_root_on_a_disk/)";
 
 /// The heart of those; with QEMU, all of them run without KVM, too.
 const ESSENTIALS: &str = "binary(end_to_end) and test(/^(lifecycle::(exec_has|exec_on|kill)|streams::(a_hundred|what_is)|pod::|\
@@ -156,7 +155,7 @@ const BATCHES: [Batch; 22] = [
     Batch::suite("every launcher: network cards, and a hundred VMs", "binary(launcher) and test(/^(cards|cycles)::/)"),
     Batch::builtin(
         "built-in VMM: containers",
-        "binary(end_to_end) and test(/^(crashes|lifecycle|streams)::/)",
+        "binary(end_to_end) and test(/^(crashes|errors|lifecycle|streams)::/)",
         BatchGuest::Own,
     ),
     Batch::builtin(

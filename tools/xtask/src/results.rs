@@ -52,6 +52,7 @@ const OPERATIONS: &[(&str, &[&str])] = &[
     ("`ctr run`: standard streams", &["streams::"]),
     ("`ctr run`: pod of three containers", &["pod::"]),
     ("`ctr run`: killed hypervisor, launcher, shim", &["crashes::"]),
+    ("`ctr run`: what cannot start is named", &["errors::"]),
     ("`ctr run`: root file system on disks", &["block_rootfs::"]),
     ("`ctr run`: sizes and guest", &["guest::", "sizes::"]),
     ("pods as Kubernetes makes them", &["cri::"]),

@@ -9,11 +9,16 @@ use super::*;
 use crate::console::Console;
 
 /// A hypervisor of words: `hang` while it is created, `fail` to be, `mute` when asked to power off, `stuck` when asked to
-/// pause.
-struct Fake {
+/// pause, and `late` too, which says so when it is told to.
+#[derive(Debug)]
+pub(crate) struct Fake {
     words: String,
     console: Console,
     end: Notify,
+    /// It was asked to pause.
+    pub(crate) asked: Notify,
+    /// It is to answer.
+    pub(crate) answer: Notify,
 }
 
 impl Hypervisor for Fake {
@@ -34,7 +39,8 @@ impl Hypervisor for Fake {
             "fail" => Err(Error::Hypervisor("no more VMs today".into())),
             words => {
                 let (console, _) = Console::open(None, audience)?;
-                let hypervisor = Self { words: words.into(), console, end: Notify::new() };
+                let (end, asked, answer) = (Notify::new(), Notify::new(), Notify::new());
+                let hypervisor = Self { words: words.into(), console, end, asked, answer };
                 Ok(Created { hypervisor, devices: Vec::new() })
             }
         }
@@ -69,7 +75,11 @@ impl Hypervisor for Fake {
     }
 
     async fn pause(&self) -> Result<()> {
-        if self.words == "stuck" { Err(Error::Hypervisor("stuck".into())) } else { Ok(()) }
+        self.asked.notify_one();
+        if self.words == "late" {
+            self.answer.notified().await;
+        }
+        if matches!(self.words.as_str(), "stuck" | "late") { Err(Error::Hypervisor("stuck".into())) } else { Ok(()) }
     }
 
     async fn resume(&self) -> Result<()> {
@@ -81,7 +91,7 @@ fn request(words: &str) -> CreateRequest {
     CreateRequest { options: words.into(), ..Default::default() }
 }
 
-async fn created(words: &str) -> Arc<Vm<Fake>> {
+pub(crate) async fn created(words: &str) -> Arc<Vm<Fake>> {
     let vm = Vm::new();
     vm.create(request(words), Audience::Nobody).await.unwrap();
     vm
