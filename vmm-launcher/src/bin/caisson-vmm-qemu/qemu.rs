@@ -262,7 +262,7 @@ async fn start_with(
 ) -> Result<Created<Qemu>> {
     let (clock, started) = (Moment::now(), Instant::now());
     let vm = request::check(request, MAX_VCPUS)?;
-    let options: Options = parse(&request.options)?;
+    let options = parse::<Options>(&request.options)?.for_vm(vm)?;
     options.block_device_driver.check(options.machine_type.bus())?;
     kernel::format(Path::new(&vm.kernel))?;
     let (accelerator, why) = accelerator::choose(options.accel).await?;
