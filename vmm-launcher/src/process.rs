@@ -83,7 +83,12 @@ impl Ended {
             Some((None, None)) => "ended".to_owned(),
             None => "ended, and how is known only to its parent".to_owned(),
         };
-        if self.stderr.is_empty() { how } else { format!("{how}: {}", self.stderr) }
+        self.with_last_words(how)
+    }
+
+    /// `words` about it, and after them its own last words, if it had any.
+    pub fn with_last_words(&self, words: String) -> String {
+        if self.stderr.is_empty() { words } else { format!("{words}: {}", self.stderr) }
     }
 
     /// [`Self::how`] of the process `pid` that executed `program`.

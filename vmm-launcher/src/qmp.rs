@@ -47,14 +47,40 @@ pub struct Qmp {
     shared: Arc<Shared>,
 }
 
-/// What a command returns, or the hypervisor's words why it fails.
-type Answer = Result<Value, String>;
+/// Why a command returns nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The hypervisor has not carried it out.
+    #[error("{words}")]
+    Refused {
+        /// The protocol's name for what is wrong: `GenericError`, [`DEVICE_NOT_FOUND`], …
+        class: String,
+        /// The hypervisor's own.
+        words: String,
+    },
+    /// The hypervisor has ended, or is late: what it does with the command is not known.
+    #[error("{0}")]
+    NoAnswer(String),
+}
+
+/// [`Failure::Refused`] by this class: there is no device of that name.
+pub const DEVICE_NOT_FOUND: &str = "DeviceNotFound";
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        Self::Hypervisor(failure.to_string())
+    }
+}
+
+/// What a command returns, or the class of the hypervisor's error and its words.
+type Answer = Result<Value, (String, String)>;
 
 #[derive(Debug)]
 struct Shared {
     /// Who waits for the answer with an id; `None` once the connection has ended.
     waiting: Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>,
-    events: broadcast::Sender<Value>,
+    /// The reader has the only one that lasts: by its end listeners learn that no more events come.
+    events: broadcast::WeakSender<Value>,
     greeting: watch::Sender<bool>,
     /// Why the VM went down, as the hypervisor says it: `guest-shutdown`, `guest-reset`, …
     shutdown_reason: Mutex<Option<String>>,
@@ -74,13 +100,14 @@ impl Qmp {
     /// A client on a connection to `hypervisor`, which is its name in errors.
     pub fn over(hypervisor: &'static str, stream: UnixStream) -> Self {
         let (reader, writer) = stream.into_split();
+        let events = broadcast::Sender::new(EVENTS);
         let shared = Arc::new(Shared {
             waiting: Mutex::new(Some(HashMap::new())),
-            events: broadcast::Sender::new(EVENTS),
+            events: events.downgrade(),
             greeting: watch::Sender::new(false),
             shutdown_reason: Mutex::new(None),
         });
-        tokio::spawn(read(hypervisor, reader, shared.clone()));
+        tokio::spawn(read(hypervisor, reader, shared.clone(), events));
         Self { hypervisor, writer: writer.into(), next_id: AtomicU64::new(1), shared }
     }
 
@@ -100,20 +127,28 @@ impl Qmp {
     /// # Errors
     /// The hypervisor's own words when it refuses; when it does not answer in time or has ended.
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
+        Ok(self.ask(command, arguments).await?)
+    }
+
+    /// [`Self::execute`] for who goes on when it fails.
+    ///
+    /// # Errors
+    /// A refusal is told from no answer.
+    pub async fn ask(&self, command: &str, arguments: Value) -> Result<Value, Failure> {
         self.exchange(command, arguments, &[]).await
     }
 
     /// Gives the hypervisor a descriptor, which commands then call `name`: no number.
     ///
     /// # Errors
-    /// As [`Self::execute`].
-    pub async fn give(&self, name: &str, descriptor: OwnedFd) -> Result<()> {
+    /// As [`Self::ask`].
+    pub async fn give(&self, name: &str, descriptor: OwnedFd) -> Result<(), Failure> {
         self.exchange("getfd", json!({ "fdname": name }), &[descriptor]).await.map(drop)
     }
 
-    async fn exchange(&self, command: &str, arguments: Value, descriptors: &[OwnedFd]) -> Result<Value> {
-        let failed = |why: &str| Error::Hypervisor(format!("{}'s {command}: {why}", self.hypervisor));
-        let hung_up = || failed(&format!("{} has ended", self.hypervisor));
+    async fn exchange(&self, command: &str, arguments: Value, descriptors: &[OwnedFd]) -> Result<Value, Failure> {
+        let words = |why: &str| format!("{}'s {command}: {why}", self.hypervisor);
+        let hung_up = || Failure::NoAnswer(words(&format!("{} has ended", self.hypervisor)));
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (tell, told) = oneshot::channel();
         match &mut *self.shared.waiting.lock().expect("no reader panics") {
@@ -125,7 +160,7 @@ impl Qmp {
         let exchange = async {
             self.write(line.as_bytes(), descriptors).await.map_err(|_| hung_up())?;
             match told.await {
-                Ok(answer) => answer.map_err(|why| failed(&why)),
+                Ok(answer) => answer.map_err(|(class, why)| Failure::Refused { class, words: words(&why) }),
                 Err(_) => Err(hung_up()),
             }
         };
@@ -135,7 +170,7 @@ impl Qmp {
                 if let Some(waiting) = &mut *self.shared.waiting.lock().expect("no reader panics") {
                     waiting.remove(&id);
                 }
-                Err(failed(&format!("no answer in {} s", DEADLINE.as_secs())))
+                Err(Failure::NoAnswer(words(&format!("no answer in {} s", DEADLINE.as_secs()))))
             }
         }
     }
@@ -148,22 +183,42 @@ impl Qmp {
 
     /// Events from now on.
     pub fn events(&self) -> broadcast::Receiver<Value> {
-        self.shared.events.subscribe()
+        match self.shared.events.upgrade() {
+            Some(events) => events.subscribe(),
+            // None come any more, which it tells.
+            None => broadcast::Sender::new(1).subscribe(),
+        }
     }
 
-    /// Waits for one of `events` that has one of `names`. So many came that some were missed: it may be among those.
+    /// Waits until one of `events` says something to `listener`, and answers that. So many came that some were missed: then
+    /// `listener` hears [`Value::Null`].
+    ///
+    /// # Errors
+    /// The listener's; when the hypervisor has ended.
+    pub async fn wait<T>(
+        &self,
+        events: &mut broadcast::Receiver<Value>,
+        mut listener: impl FnMut(&Value) -> Option<Result<T>>,
+    ) -> Result<T> {
+        loop {
+            let event = match events.recv().await {
+                Ok(event) => event,
+                Err(RecvError::Lagged(_)) => Value::Null,
+                Err(RecvError::Closed) => return Err(Error::Hypervisor(format!("{} has ended", self.hypervisor))),
+            };
+            if let Some(told) = listener(&event) {
+                return told;
+            }
+        }
+    }
+
+    /// Waits for one of `events` that has one of `names`, or may be among those that were missed.
     ///
     /// # Errors
     /// When the hypervisor has ended.
     pub async fn next(&self, events: &mut broadcast::Receiver<Value>, names: &[&str]) -> Result<()> {
-        loop {
-            match events.recv().await {
-                Ok(event) if names.iter().any(|name| event["event"] == *name) => return Ok(()),
-                Err(RecvError::Lagged(_)) => return Ok(()),
-                Ok(_) => {}
-                Err(RecvError::Closed) => return Err(Error::Hypervisor(format!("{} has ended", self.hypervisor))),
-            }
-        }
+        let is_named = |event: &Value| event.is_null() || names.iter().any(|name| event["event"] == *name);
+        self.wait(events, |event| is_named(event).then_some(Ok(()))).await
     }
 
     /// The reason in the last `SHUTDOWN` event.
@@ -172,7 +227,7 @@ impl Qmp {
     }
 }
 
-async fn read(hypervisor: &'static str, reader: OwnedReadHalf, shared: Arc<Shared>) {
+async fn read(hypervisor: &'static str, reader: OwnedReadHalf, shared: Arc<Shared>, events: broadcast::Sender<Value>) {
     let mut reader = BufReader::with_capacity(4096, reader);
     let mut line = Vec::new();
     loop {
@@ -183,7 +238,7 @@ async fn read(hypervisor: &'static str, reader: OwnedReadHalf, shared: Arc<Share
             _ => break,
         }
         match serde_json::from_slice(&line) {
-            Ok(message) => shared.receive(message),
+            Ok(message) => shared.receive(message, &events),
             Err(error) => debug!(%error, "{hypervisor} sent something else than JSON"),
         }
     }
@@ -192,13 +247,16 @@ async fn read(hypervisor: &'static str, reader: OwnedReadHalf, shared: Arc<Share
 }
 
 impl Shared {
-    fn receive(&self, mut message: Value) {
+    fn receive(&self, mut message: Value, events: &broadcast::Sender<Value>) {
         if message.get("QMP").is_some() {
             self.greeting.send_replace(true);
         } else if message.get("return").or(message.get("error")).is_some() {
             let waiting = self.who_asked(&message["id"]);
             let answer = match message.get("error") {
-                Some(error) => Err(error["desc"].as_str().unwrap_or("it failed and does not say why").to_owned()),
+                Some(error) => {
+                    let words = error["desc"].as_str().unwrap_or("it failed and does not say why");
+                    Err((error["class"].as_str().unwrap_or_default().to_owned(), words.to_owned()))
+                }
                 None => Ok(message["return"].take()),
             };
             if let Some(waiting) = waiting {
@@ -210,7 +268,7 @@ impl Shared {
                 let reason = message["data"]["reason"].as_str().map(str::to_owned);
                 *self.shutdown_reason.lock().expect("no caller panics") = reason;
             }
-            let _ = self.events.send(message);
+            let _ = events.send(message);
         }
     }
 }
@@ -271,9 +329,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_refusal_is_told_in_qemus_words() {
-        let (qmp, _far) = qemu(&[r#"{"error": {"class": "GenericError", "desc": "Device 'x' not found"}, "id": "1"}"#]);
-        let error = qmp.execute("device_del", json!({ "id": "x" })).await.unwrap_err();
+        let (qmp, _far) =
+            qemu(&[r#"{"error": {"class": "DeviceNotFound", "desc": "Device 'x' not found"}, "id": "1"}"#]);
+        let error = qmp.ask("device_del", json!({ "id": "x" })).await.unwrap_err();
         assert_eq!(error.to_string(), "QEMU's device_del: Device 'x' not found");
+        assert!(matches!(error, Failure::Refused { class, .. } if class == DEVICE_NOT_FOUND));
     }
 
     #[tokio::test]
@@ -292,6 +352,28 @@ mod tests {
         let (qmp, far) = qemu(&[]);
         drop(far);
         assert_eq!(qmp.execute("cont", json!({})).await.unwrap_err().to_string(), "QEMU's cont: QEMU has ended");
+    }
+
+    #[tokio::test]
+    async fn a_qemu_that_hangs_up_ends_every_wait_for_an_event() {
+        let (qmp, far) = qemu(&[r#"{"event": "STOP"}"#]);
+        let mut events = qmp.events();
+        drop(far);
+        let waited = qmp.next(&mut events, &["RESUME"]).await.unwrap_err();
+        assert_eq!(waited.to_string(), "QEMU has ended");
+        let too_late = qmp.next(&mut qmp.events(), &["RESUME"]).await.unwrap_err();
+        assert_eq!(too_late.to_string(), "QEMU has ended");
+    }
+
+    #[tokio::test]
+    async fn who_may_have_missed_an_event_is_woken() {
+        let event = r#"{"event": "STOP"}"#;
+        let mut lines = vec![event; EVENTS + 1];
+        lines.push(r#"{"return": {}, "id": "1"}"#);
+        let (qmp, _far) = qemu(&lines);
+        let mut events = qmp.events();
+        qmp.execute("cont", json!({})).await.unwrap();
+        qmp.next(&mut events, &["RESUME"]).await.unwrap();
     }
 
     #[tokio::test]

@@ -33,6 +33,7 @@ for_backend!(
     a_state_that_cannot_be_trusted_is_refused_and_nobody_is_ended,
     what_a_vm_must_not_be_adopted_by_is_refused,
     a_second_vm_is_not_made_where_there_is_one,
+    a_vm_that_cannot_be_made_leaves_no_sockets,
     a_card_of_an_adopted_vm_goes_and_comes,
 );
 for_backend!(cloud_hypervisor_only, CloudHypervisor, a_card_of_an_adopted_vm_goes_and_comes);
@@ -331,6 +332,18 @@ async fn a_second_vm_is_not_made_where_there_is_one(backend: Backend) {
     visible.state_dir = format!("{}/state", visible.run_dir);
     let visible = Launcher::start(backend).await.create(&visible).await.unwrap_err();
     assert!(visible.message.contains("which the hypervisor sees"), "{visible:?}");
+}
+
+async fn a_vm_that_cannot_be_made_leaves_no_sockets(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let mut request = outliving(&launcher, &images, "sleep");
+    let card = vmm::Vfio { address: "0000:00:1f.0".into(), ..Default::default() };
+    request.vm.as_mut().unwrap().devices.push(device("card", Kind::Vfio(card)));
+    launcher.create(&request).await.unwrap_err();
+    for name in ["qmp.sock", "console.sock"] {
+        assert!(!launcher.dir.path().join(name).exists(), "{name}");
+    }
 }
 
 async fn a_launcher_that_is_the_vm_says_so(backend: Backend) {

@@ -19,6 +19,7 @@ for_backend!(
     a_guest_on_microvm_finds_its_devices,
     a_guest_on_q35_finds_its_devices,
     a_disk_comes_and_goes_while_q35_runs,
+    as_many_disks_come_as_are_likely_to,
     a_disk_cannot_come_while_microvm_runs
 );
 for_backend!(
@@ -194,6 +195,25 @@ async fn a_disk_comes_and_goes(backend: Backend, options: &str) {
     launcher.until_console_has("guest: disks late\r\nguest: disks ").await;
     let twice = Status::from(launcher.client.detach(deadline(LIMIT), &detach).await.unwrap_err());
     assert_eq!(twice.code, Code::INVALID_ARGUMENT);
+}
+
+async fn as_many_disks_come_as_are_likely_to(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let mut request = launcher.request(&images, "watch");
+    request.options += "\nmachine_type = \"q35\"\nhotplug_slots = 0";
+    let vm = request.vm.as_mut().unwrap();
+    (vm.devices, vm.spare_disks) = (vec![launcher.logged_console()], 10);
+    launcher.create(&request).await.unwrap();
+    launcher.boot().await.unwrap();
+    launcher.until_console_has("guest: disks ").await;
+
+    for number in 0..10 {
+        let id = format!("late-{number}");
+        let attach = AttachRequest { device: Some(device(&id, disk(&images, &id, true))).into(), ..Default::default() };
+        launcher.client.attach(deadline(LIMIT), &attach).await.unwrap();
+        launcher.until_console_has(&id).await;
+    }
 }
 
 async fn a_disk_cannot_come_while_microvm_runs(backend: Backend) {

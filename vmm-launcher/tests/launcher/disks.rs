@@ -8,7 +8,11 @@ use std::{
 
 use caisson_protocol::{
     status::Code,
-    vmm::{Block, Pmem, device::Kind},
+    vmm::{Block, ExitReason, Pmem, device::Kind},
+};
+use nix::{
+    mount::{MsFlags, mount, umount},
+    sched::{CloneFlags, unshare},
 };
 
 use crate::{
@@ -21,6 +25,8 @@ for_each_backend!(a_disk_keeps_every_byte);
 for_backend!(
     qemu_only,
     Qemu,
+    a_full_host_gives_the_guest_errors,
+    a_disk_that_stops_the_vm_ends_it,
     a_disk_that_another_vm_writes_is_refused,
     a_file_is_memory_to_a_guest_on_q35,
     what_is_no_whole_number_of_huge_pages_is_no_memory_on_q35
@@ -97,6 +103,42 @@ async fn a_disk_that_another_vm_writes_is_refused(backend: Backend) {
         assert_eq!(status.message, expected);
     }
     assert!(second.leftovers().is_empty());
+}
+
+/// A disk that is larger than what the host has left.
+async fn a_full_host_gives_the_guest_errors(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let small = images.dir.path().join("small");
+    fs::create_dir(&small).unwrap();
+    let nothing = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    mount(nothing, "/", nothing, MsFlags::MS_PRIVATE | MsFlags::MS_REC, nothing).unwrap();
+    mount(Some("tmpfs"), &small, Some("tmpfs"), MsFlags::empty(), Some("size=1m")).unwrap();
+    let launcher = Launcher::start(backend).await;
+    let path = image(&images, "small/disk", 4);
+    let script =
+        "if dd if=/dev/zero of=/dev/vda bs=1M count=4 oflag=direct; then echo guest: wrote too much; exit 1; fi";
+    launcher.create(&request(&launcher, &images, script, &[("disk", disk(&path, false))])).await.unwrap();
+    launcher.boot().await.unwrap();
+
+    let exit = ended(&launcher).await;
+    umount(&small).unwrap();
+    assert_all_arrived(&exit);
+}
+
+async fn a_disk_that_stops_the_vm_ends_it(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let mut request = launcher.request(&images, "sleep");
+    request.options += "\nmachine_type = \"q35\"\nextra_args = [\
+        \"-blockdev\", \"driver=blkdebug,node-name=bad,image.driver=null-co,inject-error.0.event=none\",\
+        \"-device\", \"virtio-blk-pci,drive=bad,rerror=stop\"]";
+    launcher.create(&request).await.unwrap();
+    launcher.boot().await.unwrap();
+
+    let exit = launcher.wait().await;
+    assert_eq!(exit.reason, ExitReason::HYPERVISOR_FAILED.into(), "{exit}");
+    assert!(exit.detail.starts_with("QEMU stopped the VM, since it could not read or write a disk"), "{exit}");
 }
 
 async fn a_disk_that_shrinks_gives_the_guest_errors(backend: Backend) {

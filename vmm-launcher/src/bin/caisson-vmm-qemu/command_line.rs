@@ -79,8 +79,11 @@ impl CommandLine {
         }
         if options.machine_type == MachineType::Q35 {
             for slot in 0..options.hotplug_slots {
-                let bus = hotplug::bus(slot);
-                line.push("-device", format!("pcie-root-port,id={bus},chassis={},slot={slot}", slot as u16 + 1));
+                let (bus, chassis, address) = (hotplug::bus(slot), slot + 1, root_port(slot));
+                line.push(
+                    "-device",
+                    format!("pcie-root-port,id={bus},chassis={chassis},slot={slot},addr={address},multifunction=on"),
+                );
             }
         }
         let (accel, mut cpu) = match accelerator {
@@ -151,7 +154,8 @@ impl CommandLine {
             "-blockdev",
             format!("driver=raw,node-name=disk-{id},read-only={read_only},file.driver={driver},file.filename={file}"),
         );
-        self.device("virtio-blk", id, &format!("drive=disk-{id},serial={id}"));
+        // An error is the guest's to handle: by default QEMU stops the VM where the host has no space left.
+        self.device("virtio-blk", id, &format!("drive=disk-{id},serial={id},werror=report,rerror=report"));
     }
 
     pub fn net(&mut self, id: &str, net: &Net, card: Card) {
@@ -312,6 +316,11 @@ fn pmem_places_mib(vm: &VmConfig) -> u64 {
     images.map(|bytes| place_mib(bytes >> 20)).sum()
 }
 
+/// Where the slot's root port is: each of the places behind the host bridge has room for eight.
+fn root_port(slot: u8) -> String {
+    format!("{:#x}.{}", 1 + slot / 8, slot % 8)
+}
+
 /// A comma in a value is written twice, `qemu(1)`.
 fn escape(value: &str) -> String {
     value.replace(',', ",,")
@@ -368,6 +377,22 @@ mod tests {
         let backend = format!("memory-backend-memfd,{pages},id=memory-more-memory,size=128M,reserve=off ");
         assert!(line.contains(&backend), "{line}");
         assert!(line.ends_with("requested-size=0,block-size=2M,prealloc=on"), "{line}");
+    }
+
+    #[test]
+    fn slots_share_places_eight_by_eight() {
+        let options = Options { machine_type: MachineType::Q35, hotplug_slots: 9, ..Default::default() };
+        let line = CommandLine::new(&VmConfig::default(), &options, Accelerator::Tcg, false).arguments.join(" ");
+        assert!(line.contains("id=slot-0,chassis=1,slot=0,addr=0x1.0,multifunction=on "), "{line}");
+        assert!(line.contains("id=slot-7,chassis=8,slot=7,addr=0x1.7,multifunction=on "), "{line}");
+        assert!(line.contains("id=slot-8,chassis=9,slot=8,addr=0x2.0,multifunction=on "), "{line}");
+    }
+
+    #[test]
+    fn a_disks_errors_are_the_guests() {
+        let mut line = line(MachineType::Microvm);
+        line.block("data", &Block::default());
+        assert!(line.arguments.last().unwrap().ends_with(",werror=report,rerror=report"));
     }
 
     #[test]

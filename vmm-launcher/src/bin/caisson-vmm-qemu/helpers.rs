@@ -1,4 +1,4 @@
-//! The programs beside QEMU that devices of its VM need.
+//! What QEMU does not go without: programs beside it that devices of its VM need, and the names of its sockets.
 
 use std::path::PathBuf;
 
@@ -6,6 +6,7 @@ use caisson_vmm_launcher::{
     Result,
     guest_vsock::VsockServer,
     outlive::{Known, Lifetime},
+    sockets::Sockets,
     virtiofsd::{FileServers, KnownFileServers},
 };
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,8 @@ use serde::{Deserialize, Serialize};
 pub struct Helpers {
     pub file_servers: FileServers,
     pub vsock: Option<VsockServer>,
+    /// Where another launcher finds QEMU.
+    pub sockets: Sockets,
 }
 
 /// [`Helpers`] for another launcher.
@@ -30,9 +33,9 @@ impl Helpers {
     ///
     /// # Errors
     /// When one is gone.
-    pub fn adopt(known: &KnownHelpers) -> Result<Self> {
+    pub fn adopt(known: &KnownHelpers, sockets: Sockets) -> Result<Self> {
         let vsock = known.vsock.as_ref().map(|(socket, known)| VsockServer::adopt(socket, known));
-        Ok(Self { file_servers: FileServers::adopt(&known.file_servers)?, vsock: vsock.transpose()? })
+        Ok(Self { file_servers: FileServers::adopt(&known.file_servers)?, vsock: vsock.transpose()?, sockets })
     }
 
     /// For another launcher, those that outlive this one.
@@ -60,7 +63,7 @@ impl Helpers {
         }
     }
 
-    /// Ends them.
+    /// Ends the programs, and removes the names.
     pub async fn end(self) {
         self.file_servers.end().await;
         if let Some(vsock) = self.vsock {

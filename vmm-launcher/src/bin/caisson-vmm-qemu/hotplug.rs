@@ -5,15 +5,22 @@
 use std::{collections::HashMap, os::fd::OwnedFd, sync::Mutex, time::Duration};
 
 use caisson_protocol::vmm::{Device, device::Kind};
-use caisson_vmm_launcher::{Error, Result, qmp::Qmp, request, vfio::HostDevice};
+use caisson_vmm_launcher::{
+    Error, Result,
+    qmp::{DEVICE_NOT_FOUND, Failure, Qmp},
+    request,
+    vfio::HostDevice,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::time::timeout;
+use tokio::{sync::broadcast::Receiver, time::timeout};
 
-use crate::{accelerator, card::Card, command_line::block_driver, options::MachineType};
+use crate::{accelerator, card::Card, command_line::block_driver, options::MachineType, qemu::status};
 
 /// A guest without a working driver never lets go of a device.
 const DETACH_DEADLINE: Duration = Duration::from_secs(20);
+/// How QEMU refuses to ask the guest for a device twice; its class, `GenericError`, does not tell.
+const UNDER_WAY: &str = "already in the process of unplug";
 
 /// The slots of one VM.
 #[derive(Debug)]
@@ -83,26 +90,29 @@ impl Slots {
         device_add["bus"] = bus(slot).into();
         let attached = async {
             let given: Vec<_> = give.iter().map(|(name, _)| name.clone()).collect();
-            if let Err(error) = add_host_side(give, add, qmp).await {
+            if let Err(failure) = add_host_side(give, add, qmp).await {
                 for name in given {
                     // What QEMU did not get or has used up already it does not know.
                     let _ = qmp.execute("closefd", json!({ "fdname": name })).await;
                 }
-                return Err(error);
+                return Err(failure);
             }
-            if let Err(error) = qmp.execute("device_add", device_add).await {
-                if let Some((command, arguments)) = forget {
-                    qmp.execute(&command, arguments).await?;
-                }
-                return Err(error);
+            let added = qmp.ask("device_add", device_add).await;
+            if let (Err(Failure::Refused { .. }), Some((command, arguments))) = (&added, forget) {
+                // What went wrong first is told.
+                let _ = qmp.execute(&command, arguments).await;
             }
-            Ok(address)
+            added
         };
-        let attached = attached.await;
-        if attached.is_err() {
-            self.give_back(id);
+        match attached.await {
+            Ok(_) => Ok(address),
+            Err(refused @ Failure::Refused { .. }) => {
+                self.give_back(id);
+                Err(refused.into())
+            }
+            // The device may come yet, and keeps its slot until it is detached.
+            Err(unanswered @ Failure::NoAnswer(_)) => Err(unanswered.into()),
         }
-        attached
     }
 
     /// Takes the device away that was attached as `id`, once the guest has let go of it.
@@ -111,29 +121,14 @@ impl Slots {
         let attached = attached.ok_or_else(|| {
             Error::Invalid(format!("no device was attached as \"{}\" while the VM ran", id.escape_debug()))
         })?;
+        status::must_run("detach a device from", qmp).await?;
         let mut events = qmp.events();
-        qmp.execute("device_del", json!({ "id": id })).await?;
-        let gone = async {
-            loop {
-                match events.recv().await {
-                    Ok(event) if event["event"] == "DEVICE_DELETED" && event["data"]["device"] == id => return true,
-                    Ok(event) if event["event"] == "DEVICE_UNPLUG_GUEST_ERROR" && event["data"]["device"] == id => {
-                        return false;
-                    }
-                    Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(tokio::sync::broadcast::error::RecvError::Closed) => return false,
-                }
-            }
-        };
-        match timeout(DETACH_DEADLINE, gone).await {
-            Ok(true) => {}
-            Ok(false) => return Err(Error::Hypervisor(format!("the guest does not let go of device \"{id}\""))),
-            Err(_) => {
-                let seconds = DETACH_DEADLINE.as_secs();
-                return Err(Error::Hypervisor(format!(
-                    "the guest did not let go of device \"{id}\" within {seconds} s"
-                )));
-            }
+        match qmp.ask("device_del", json!({ "id": id })).await {
+            // The guest has let go of it since somebody asked before, and did not wait so long.
+            Err(Failure::Refused { class, .. }) if class == DEVICE_NOT_FOUND => {}
+            Err(Failure::Refused { words, .. }) if words.contains(UNDER_WAY) => let_go(id, &mut events, qmp).await?,
+            Err(failure) => return Err(failure.into()),
+            Ok(_) => let_go(id, &mut events, qmp).await?,
         }
         if let Some((command, arguments)) = attached.forget {
             qmp.execute(&command, arguments).await?;
@@ -171,6 +166,22 @@ impl Slots {
     }
 }
 
+/// Waits until the guest has let go of the device, as it was asked to.
+async fn let_go(id: &str, events: &mut Receiver<Value>, qmp: &Qmp) -> Result<()> {
+    let gone = qmp.wait(events, |event| match event["event"].as_str() {
+        _ if event["data"]["device"] != id => None,
+        Some("DEVICE_DELETED") => Some(Ok(())),
+        Some("DEVICE_UNPLUG_GUEST_ERROR") => {
+            Some(Err(Error::Hypervisor(format!("the guest does not let go of device \"{id}\""))))
+        }
+        _ => None,
+    });
+    timeout(DETACH_DEADLINE, gone).await.unwrap_or_else(|_| {
+        let seconds = DETACH_DEADLINE.as_secs();
+        Err(Error::Hypervisor(format!("the guest did not let go of device \"{id}\" within {seconds} s")))
+    })
+}
+
 /// What makes and ends a device: its host's side, and then its guest's side.
 struct Parts {
     /// Descriptors that `add` names.
@@ -181,12 +192,16 @@ struct Parts {
     address: String,
 }
 
-async fn add_host_side(give: Vec<(String, OwnedFd)>, add: Option<(&'static str, Value)>, qmp: &Qmp) -> Result<()> {
+async fn add_host_side(
+    give: Vec<(String, OwnedFd)>,
+    add: Option<(&'static str, Value)>,
+    qmp: &Qmp,
+) -> Result<(), Failure> {
     for (name, descriptor) in give {
         qmp.give(&name, descriptor).await?;
     }
     match add {
-        Some((command, arguments)) => qmp.execute(command, arguments).await.map(drop),
+        Some((command, arguments)) => qmp.ask(command, arguments).await.map(drop),
         None => Ok(()),
     }
 }
@@ -202,7 +217,9 @@ async fn parts(device: &Device, qmp: &Qmp) -> Result<Parts> {
                 give: Vec::new(),
                 add: Some(("blockdev-add", add)),
                 forget: Some(("blockdev-del".to_owned(), json!({ "node-name": node }))),
-                device_add: json!({ "driver": "virtio-blk-pci", "drive": node, "serial": id }),
+                device_add: json!({
+                    "driver": "virtio-blk-pci", "drive": node, "serial": id, "werror": "report", "rerror": "report"
+                }),
                 address: format!("serial:{id}"),
             })
         }
@@ -247,7 +264,101 @@ fn names(descriptors: &[(String, OwnedFd)]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use caisson_protocol::vmm::Block;
+
     use super::*;
+    use crate::fake::{self, done, refused};
+
+    fn disk() -> Device {
+        let disk = Block { path: "/disk".into(), ..Default::default() };
+        Device { id: "late".into(), kind: Some(Kind::Block(disk)), ..Default::default() }
+    }
+
+    /// A running VM to whose only slot the disk `late` was attached; `device_del` says what comes of taking it away.
+    async fn attached(device_del: Vec<Value>) -> (Slots, Qmp) {
+        let qmp = fake::qmp(move |command, _| match command {
+            "query-status" => vec![json!({ "return": { "status": "running" } })],
+            "device_del" => device_del.clone(),
+            _ => vec![done()],
+        });
+        let slots = Slots::new(MachineType::Q35, 1);
+        assert_eq!(slots.attach(&disk(), &qmp).await.unwrap(), "serial:late");
+        (slots, qmp)
+    }
+
+    fn event(name: &str) -> Value {
+        json!({ "event": name, "data": { "device": "late" } })
+    }
+
+    #[tokio::test]
+    async fn a_device_is_gone_once_the_guest_has_let_go() {
+        let other = json!({ "event": "DEVICE_DELETED", "data": { "device": "other" } });
+        let (slots, qmp) = attached(vec![done(), other, event("DEVICE_DELETED")]).await;
+        slots.detach("late", &qmp).await.unwrap();
+        assert!(slots.are_empty());
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_does_not_let_go_keeps_its_device() {
+        let (slots, qmp) = attached(vec![done(), event("DEVICE_UNPLUG_GUEST_ERROR")]).await;
+        let refusal = slots.detach("late", &qmp).await.unwrap_err().to_string();
+        assert_eq!(refusal, "the guest does not let go of device \"late\"");
+        assert!(!slots.are_empty());
+    }
+
+    #[tokio::test]
+    async fn a_device_that_the_guest_has_let_go_of_too_late_is_gone_the_next_time() {
+        let (slots, qmp) = attached(vec![refused("DeviceNotFound", "Device 'late' not found")]).await;
+        slots.detach("late", &qmp).await.unwrap();
+        assert!(slots.are_empty());
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_was_asked_before_is_waited_for() {
+        let under_way = refused("GenericError", "Device late is already in the process of unplug");
+        let (slots, qmp) = attached(vec![under_way, event("DEVICE_DELETED")]).await;
+        slots.detach("late", &qmp).await.unwrap();
+        assert!(slots.are_empty());
+    }
+
+    #[tokio::test]
+    async fn a_qemu_that_ends_is_not_the_guests_fault() {
+        let (slots, qmp) = attached(vec![done(), Value::Null]).await;
+        assert_eq!(slots.detach("late", &qmp).await.unwrap_err().to_string(), "QEMU has ended");
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_stands_still_is_not_asked_for_a_device() {
+        let slots = Slots::new(MachineType::Q35, 1);
+        let qmp = fake::qmp(|command, _| match command {
+            "query-status" => vec![json!({ "return": { "status": "paused" } })],
+            _ => vec![done()],
+        });
+        slots.attach(&disk(), &qmp).await.unwrap();
+        let refusal = slots.detach("late", &qmp).await.unwrap_err().to_string();
+        assert_eq!(refusal, "cannot detach a device from a VM that is paused");
+    }
+
+    /// The answer of a QEMU to a new disk, all of whose commands but `blockdev-add` end as `answer` has it.
+    async fn attach(answer: Value) -> (String, Slots) {
+        let qmp = fake::qmp(move |command, _| vec![if command == "blockdev-add" { done() } else { answer.clone() }]);
+        let slots = Slots::new(MachineType::Q35, 1);
+        (slots.attach(&disk(), &qmp).await.unwrap_err().to_string(), slots)
+    }
+
+    #[tokio::test]
+    async fn a_device_that_was_refused_leaves_its_slot_and_its_reason() {
+        let (why, slots) = attach(refused("GenericError", "no")).await;
+        assert_eq!(why, "QEMU's device_add: no");
+        assert!(slots.are_empty());
+    }
+
+    #[tokio::test]
+    async fn a_device_that_may_come_yet_keeps_its_slot() {
+        let (why, slots) = attach(Value::Null).await;
+        assert_eq!(why, "QEMU's device_add: QEMU has ended");
+        assert!(!slots.are_empty());
+    }
 
     fn forget() -> Option<Forget> {
         Some(("blockdev-del".to_owned(), json!({})))

@@ -14,6 +14,9 @@ mod qemu;
 mod saved;
 mod sizes;
 
+#[cfg(test)]
+mod fake;
+
 use std::process::ExitCode;
 
 fn main() -> ExitCode {

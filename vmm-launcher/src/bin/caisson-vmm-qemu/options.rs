@@ -1,6 +1,8 @@
 //! QEMU's own options.
 
+use caisson_protocol::vmm::VmConfig;
 use caisson_vmm_launcher::{
+    Error, Result,
     block_driver::{BlockDriver, Bus},
     options::{Need, OptionDoc},
 };
@@ -24,6 +26,8 @@ const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resour
 
 /// Each costs the guest a little time at boot.
 const HOTPLUG_SLOTS: u8 = 4;
+/// Eight on each of eight of PCI's 32 places; the VM is born with its host bridge, its chipset and its devices on the others.
+const MAX_HOTPLUG_SLOTS: u8 = 64;
 
 impl Default for Options {
     fn default() -> Self {
@@ -36,6 +40,21 @@ impl Default for Options {
             hotplug_slots: HOTPLUG_SLOTS,
             extra_args: Vec::new(),
         }
+    }
+}
+
+impl Options {
+    /// With slots for the disks that are likely to come to `vm`, as far as there can be.
+    ///
+    /// # Errors
+    /// When it is to have more than there can be.
+    pub fn for_vm(self, vm: &VmConfig) -> Result<Self> {
+        if self.hotplug_slots > MAX_HOTPLUG_SLOTS {
+            let slots = self.hotplug_slots;
+            return Err(Error::Invalid(format!("{slots} hotplug_slots cannot be had: 0 to {MAX_HOTPLUG_SLOTS}")));
+        }
+        let likely = vm.spare_disks.min(MAX_HOTPLUG_SLOTS.into()) as u8;
+        Ok(Self { hotplug_slots: self.hotplug_slots.max(likely), ..self })
     }
 }
 
@@ -96,8 +115,8 @@ pub const DOCS: &[OptionDoc] = &[
     OptionDoc {
         key: "hotplug_slots",
         kind: "integer",
-        accepted: &["0", "255"],
-        doc: "How many devices q35 can take while it runs; microvm takes none.",
+        accepted: &["0", "64"],
+        doc: "How many devices q35 can take while it runs, or more if a pod may need them; microvm takes none.",
     },
     OptionDoc {
         key: "extra_args",
@@ -129,5 +148,24 @@ mod tests {
     fn a_machine_that_does_not_exist_is_refused_with_those_that_do() {
         let error = parse::<Options>("machine_type = \"pc\"").unwrap_err().to_string();
         assert!(error.contains("unknown variant `pc`, expected `microvm` or `q35`"), "{error}");
+    }
+
+    fn slots(configured: u8, spare_disks: u32) -> Result<u8> {
+        let options = Options { hotplug_slots: configured, ..Default::default() };
+        options.for_vm(&VmConfig { spare_disks, ..Default::default() }).map(|options| options.hotplug_slots)
+    }
+
+    #[test]
+    fn a_vm_has_slots_for_the_disks_that_are_likely_to_come() {
+        assert_eq!(
+            [(4, 0), (4, 10), (12, 10), (4, 1000)]
+                .map(|(configured, spare_disks)| slots(configured, spare_disks).unwrap()),
+            [4, 10, 12, 64]
+        );
+    }
+
+    #[test]
+    fn more_slots_than_there_can_be_are_refused() {
+        assert_eq!(slots(65, 0).unwrap_err().to_string(), "65 hotplug_slots cannot be had: 0 to 64");
     }
 }

@@ -1,6 +1,7 @@
 //! One QEMU process with its VM.
 
 mod adoption;
+pub mod status;
 
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
@@ -9,9 +10,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use caisson_protocol::vmm::{
-    Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeBalloonRequest,
-    ResizeMemoryRequest, ResizeVcpusRequest, RestoreRequest, SnapshotRequest, VmConfig, WaitResponse, device::Kind,
+use caisson_protocol::{
+    status::sentence,
+    vmm::{
+        Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, ResizeBalloonRequest,
+        ResizeMemoryRequest, ResizeVcpusRequest, RestoreRequest, SnapshotRequest, VmConfig, WaitResponse, device::Kind,
+    },
 };
 use caisson_vmm_launcher::{
     Error, Result,
@@ -25,6 +29,7 @@ use caisson_vmm_launcher::{
     process::{Ended, Process, Streams},
     qmp::Qmp,
     request,
+    sockets::Sockets,
     time_stamp::Moment,
     vfio::HostDevice,
     virtiofsd::{Virtiofsd, named_listener},
@@ -34,7 +39,6 @@ use serde_json::json;
 use tokio::{net::UnixStream, time::timeout};
 use tracing::{debug, info};
 
-use self::adoption::Sockets;
 use crate::{
     accelerator::{self, Accelerator},
     card::Card,
@@ -98,8 +102,6 @@ pub struct Qemu {
     /// A device that keeps the VM from being saved.
     unsaveable: Option<String>,
     known: KnownHelpers,
-    /// Where another launcher finds QEMU.
-    sockets: Option<Sockets>,
     console_log: Option<PathBuf>,
 }
 
@@ -204,12 +206,18 @@ impl Hypervisor for Qemu {
 
     async fn ended(&self) -> WaitResponse {
         let helpers = std::mem::take(&mut *self.helpers.lock().expect("nobody panics with the helpers"));
-        let (ended, helper) = self.process.ended_with(helpers.failed()).await;
+        let (ended, failure) = tokio::select! {
+            ended = self.process.ended_with(helpers.failed()) => ended,
+            why = status::stopped_by_itself(&self.qmp) => {
+                let ended = killed(&self.process).await;
+                let failure = ended.with_last_words(why);
+                (ended, Some(failure))
+            }
+        };
         self.console.drained().await;
         helpers.end().await;
-        self.sockets.iter().for_each(Sockets::remove);
-        let (reason, detail) = match helper {
-            Some(helper) => (ExitReason::HYPERVISOR_FAILED, helper),
+        let (reason, detail) = match failure {
+            Some(failure) => (ExitReason::HYPERVISOR_FAILED, failure),
             None => self.explain(&ended),
         };
         WaitResponse { console_tail: self.console.tail(), ..exit(reason, detail) }
@@ -262,7 +270,7 @@ async fn start_with(
 ) -> Result<Created<Qemu>> {
     let (clock, started) = (Moment::now(), Instant::now());
     let vm = request::check(request, MAX_VCPUS)?;
-    let options: Options = parse(&request.options)?;
+    let options = parse::<Options>(&request.options)?.for_vm(vm)?;
     options.block_device_driver.check(options.machine_type.bus())?;
     kernel::format(Path::new(&vm.kernel))?;
     let (accelerator, why) = accelerator::choose(options.accel).await?;
@@ -271,17 +279,18 @@ async fn start_with(
     let shared_memory = vm.devices.iter().any(|device| matches!(device.kind, Some(Kind::Fs(_) | Kind::Vsock(_))));
     let mut line = CommandLine::new(vm, &options, accelerator, shared_memory);
     let (lifetime, console_log) = (Lifetime::of(request)?, console::log_of(&vm.devices));
-    let sockets = lifetime.is_longer().then(|| Sockets::in_dir(Path::new(&request.state_dir)));
-    let (qmp, console) = match &sockets {
-        Some(sockets) => {
-            let (listener, connection) = named_listener(&sockets.qmp)?;
+    let (qmp, console) = match lifetime.is_longer() {
+        true => {
+            let [protocol, serial] = adoption::sockets(Path::new(&request.state_dir));
+            helpers.sockets = Sockets(vec![protocol.clone(), serial.clone()]);
+            let (listener, connection) = named_listener(&protocol)?;
             line.monitor(Socket::Listening(listener.into()));
             let qmp = Qmp::over("QEMU", ours(connection)?);
-            let (listener, connection) = named_listener(&sockets.console)?;
+            let (listener, connection) = named_listener(&serial)?;
             line.console(Socket::Listening(listener.into()));
             (qmp, Console::over(ours(connection)?, console_log, audience)?)
         }
-        None => {
+        false => {
             let (qmp, socket) = Qmp::pair("QEMU").map_err(Error::host("make QEMU's socket pair"))?;
             line.monitor(Socket::Connected(socket));
             let (console, socket) = Console::open(console_log, audience)?;
@@ -308,9 +317,7 @@ async fn start_with(
     let program = Path::new(&vm.hypervisor_path);
     let process = Process::start_with(program, &line.arguments, line.descriptors, Streams::none(), &lifetime)?;
     if let Err(error) = ready(&process, &qmp, incoming.as_deref(), helpers).await {
-        process.kill();
-        process.ended().await;
-        sockets.iter().for_each(Sockets::remove);
+        killed(&process).await;
         return Err(error);
     }
     info!(prepare = ?spawned - started, start = ?spawned.elapsed(), "QEMU started");
@@ -324,7 +331,6 @@ async fn start_with(
         run_dir: request.run_dir.clone().into(),
         unsaveable: unsaveable(vm, helpers.vsock.is_some()),
         known: helpers.known(&lifetime)?,
-        sockets,
         console_log: console_log.map(Path::to_owned),
     };
     Ok(Created { hypervisor, devices })
@@ -372,16 +378,29 @@ async fn ready(process: &Process, qmp: &Qmp, incoming: Option<&str>, helpers: &H
                 // QEMU greets before it makes its machine; when that fails, its connection ends before it does.
                 Err(error) => match timeout(QEMU_AFTER_QMP, process.ended()).await {
                     Ok(ended) => Err(did_not_start(process, &ended, helpers).await),
-                    Err(_) => Err(error),
+                    Err(_) => Err(hangs(process, sentence(&error)).await),
                 }
             }
         }
     };
     let deadline = if incoming.is_some() { RESTORE_DEADLINE } else { START_DEADLINE };
-    timeout(deadline, ready).await.unwrap_or_else(|_| {
-        let (pid, seconds) = (process.pid(), deadline.as_secs());
-        Err(Error::Hypervisor(format!("QEMU (pid {pid}) did not answer within {seconds} s of its start")))
-    })
+    match timeout(deadline, ready).await {
+        Ok(ready) => ready,
+        Err(_) => {
+            let (pid, seconds) = (process.pid(), deadline.as_secs());
+            Err(hangs(process, format!("QEMU (pid {pid}) did not answer within {seconds} s of its start")).await)
+        }
+    }
+}
+
+/// Ends QEMU, which may have said more than the `words` about it.
+async fn hangs(process: &Process, words: String) -> Error {
+    Error::Hypervisor(killed(process).await.with_last_words(words))
+}
+
+async fn killed(process: &Process) -> Ended {
+    process.kill();
+    process.ended().await
 }
 
 async fn did_not_start(process: &Process, ended: &Ended, helpers: &Helpers) -> Error {
@@ -479,3 +498,6 @@ fn hotplug_kinds(machine_type: MachineType) -> Vec<String> {
         MachineType::Q35 => vec!["block".into(), "net".into(), "vfio".into()],
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,18 +6,15 @@
 use std::{
     fs::File,
     io,
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use caisson_vmm_launcher::{Error, Result, qmp::Qmp};
+use caisson_protocol::listen;
+use caisson_vmm_launcher::{Error, Result, qmp::Qmp, sockets::Sockets};
 use serde_json::{Value, json};
-use tokio::{
-    net::UnixListener,
-    sync::broadcast::{Receiver, error::RecvError},
-    time::timeout,
-};
+use tokio::{net::UnixListener, sync::broadcast::Receiver, time::timeout};
 
 /// In the snapshot's directory.
 const FILE: &str = "qemu.migration";
@@ -35,7 +32,9 @@ pub async fn save(directory: &Path, run_dir: &Path, qmp: &Qmp) -> Result<()> {
         return Err(Error::WrongState { verb: "snapshot", state: "running" });
     }
     let file = file(directory);
-    let made = File::create_new(&file).map_err(Error::host(format!("make {}", file.display())))?;
+    // All of the guest's memory is in it.
+    let made = File::options().write(true).create_new(true).mode(0o600).open(&file);
+    let made = made.map_err(Error::host(format!("make {}", file.display())))?;
     let saved = write(made, run_dir, qmp).await;
     if saved.is_err() {
         let _ = std::fs::remove_file(file);
@@ -45,7 +44,8 @@ pub async fn save(directory: &Path, run_dir: &Path, qmp: &Qmp) -> Result<()> {
 
 async fn write(file: File, run_dir: &Path, qmp: &Qmp) -> Result<()> {
     let path = run_dir.join(SOCKET);
-    let listener = UnixListener::bind(&path).map_err(Error::host(format!("listen on {}", path.display())))?;
+    let listener = bind(&path).map_err(Error::host(format!("listen on {}", path.display())))?;
+    let _removed = Sockets(vec![path.clone()]);
     let mut events = qmp.events();
     let moved = async {
         prepare(qmp).await?;
@@ -54,7 +54,6 @@ async fn write(file: File, run_dir: &Path, qmp: &Qmp) -> Result<()> {
     };
     let copied = async { copy(&listener, file).await.map_err(Error::host("write the snapshot")) };
     let done = timeout(DEADLINE, async { tokio::try_join!(moved, copied) }).await;
-    let _ = std::fs::remove_file(&path);
     match done {
         Ok(done) => done.map(drop),
         Err(_) => {
@@ -63,6 +62,13 @@ async fn write(file: File, run_dir: &Path, qmp: &Qmp) -> Result<()> {
             Err(Error::Hypervisor(format!("QEMU did not save the VM within {seconds} s")))
         }
     }
+}
+
+/// In place of what a snapshot that was broken off may have left.
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    let listener = listen::bind(path)?;
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
 }
 
 /// From the first connection to `file`, until it ends.
@@ -121,19 +127,65 @@ async fn prepare(qmp: &Qmp) -> Result<()> {
 
 /// Waits for the end of a migration.
 async fn completed(events: &mut Receiver<Value>, verb: &str, qmp: &Qmp) -> Result<()> {
-    loop {
-        match events.recv().await {
-            Ok(event) if event["event"] == "MIGRATION" => match event["data"]["status"].as_str() {
-                Some("completed") => return Ok(()),
-                Some(how @ ("failed" | "cancelled")) => {
-                    let told = qmp.execute("query-migrate", json!({})).await?;
-                    let why = told["error-desc"].as_str().unwrap_or(how);
-                    return Err(Error::Hypervisor(format!("QEMU did not {verb} the VM: {why}")));
-                }
-                _ => {}
-            },
-            Ok(_) | Err(RecvError::Lagged(_)) => {}
-            Err(RecvError::Closed) => return Err(Error::Hypervisor("QEMU has ended".into())),
-        }
+    let how = qmp.wait(events, |event| match event["data"]["status"].as_str() {
+        Some(how @ ("completed" | "failed" | "cancelled")) if event["event"] == "MIGRATION" => Some(Ok(how.to_owned())),
+        _ => None,
+    });
+    let how = how.await?;
+    if how == "completed" {
+        return Ok(());
+    }
+    let told = qmp.execute("query-migrate", json!({})).await?;
+    let why = told["error-desc"].as_str().unwrap_or(&how);
+    Err(Error::Hypervisor(format!("QEMU did not {verb} the VM: {why}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write, os::unix::fs::PermissionsExt, os::unix::net::UnixStream};
+
+    use super::*;
+    use crate::fake;
+
+    /// A paused QEMU whose VM is "memory".
+    fn paused() -> Qmp {
+        fake::qmp(|command, arguments| match command {
+            "query-status" => vec![json!({ "return": { "running": false } })],
+            "migrate" => {
+                let path = arguments["uri"].as_str().unwrap().strip_prefix("unix:").unwrap();
+                UnixStream::connect(path).unwrap().write_all(b"memory").unwrap();
+                vec![fake::done(), json!({ "event": "MIGRATION", "data": { "status": "completed" } })]
+            }
+            _ => vec![fake::done()],
+        })
+    }
+
+    #[tokio::test]
+    async fn only_its_owner_reads_a_saved_vm() {
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), dir.path(), &paused()).await.unwrap();
+        assert_eq!(std::fs::read(file(dir.path())).unwrap(), b"memory");
+        let mode = std::fs::metadata(file(dir.path())).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert!(!dir.path().join(SOCKET).exists());
+    }
+
+    #[tokio::test]
+    async fn what_a_broken_off_snapshot_has_left_hinders_none() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(UnixListener::bind(dir.path().join(SOCKET)).unwrap());
+        save(dir.path(), dir.path(), &paused()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_qemu_that_ends_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let qmp = fake::qmp(|command, _| match command {
+            "query-status" => vec![json!({ "return": { "running": false } })],
+            "migrate" => vec![fake::done(), Value::Null],
+            _ => vec![fake::done()],
+        });
+        assert_eq!(save(dir.path(), dir.path(), &qmp).await.unwrap_err().to_string(), "QEMU has ended");
+        assert!(!file(dir.path()).exists());
     }
 }

@@ -14,7 +14,7 @@ use caisson_vmm_launcher::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::{sync::broadcast::error::RecvError, time::timeout};
+use tokio::time::timeout;
 
 use crate::options::MachineType;
 
@@ -214,27 +214,27 @@ async fn unplug(processors: &[Processor], count: usize, qmp: &Qmp) -> Result<(),
 async fn take_out(id: &str, qmp: &Qmp) -> Result<()> {
     let mut events = qmp.events();
     qmp.execute("device_del", json!({ "id": id })).await?;
+    let refused = || Error::Hypervisor(format!("the guest does not let go of processor \"{id}\""));
     let gone = async {
-        loop {
-            match events.recv().await {
-                Ok(event) if event["event"] == "ACPI_DEVICE_OST" && has_refused(&event["data"]["info"], id) => {
-                    return Err(Error::Hypervisor(format!("the guest does not let go of processor \"{id}\"")));
-                }
-                Ok(event) if event["event"] != "ACPI_DEVICE_OST" && event["event"] != "DEVICE_DELETED" => {}
-                Ok(_) | Err(RecvError::Lagged(_)) => {
-                    let places = processors(&qmp.execute("query-hotpluggable-cpus", json!({})).await?);
-                    if !places.iter().any(|place| place.plugged.as_deref() == Some(id)) {
-                        return Ok(());
-                    }
-                }
-                Err(RecvError::Closed) => return Err(Error::Hypervisor("QEMU has ended".into())),
-            }
+        while is_plugged(id, qmp).await? {
+            let told = qmp.wait(&mut events, |event| match event["event"].as_str() {
+                Some("ACPI_DEVICE_OST") if has_refused(&event["data"]["info"], id) => Some(Err(refused())),
+                Some("ACPI_DEVICE_OST" | "DEVICE_DELETED") | None => Some(Ok(())),
+                Some(_) => None,
+            });
+            told.await?;
         }
+        Ok(())
     };
     timeout(DEADLINE, gone).await.unwrap_or_else(|_| {
         let seconds = DEADLINE.as_secs();
         Err(Error::Hypervisor(format!("the guest did not let go of processor \"{id}\" within {seconds} s")))
     })
+}
+
+async fn is_plugged(id: &str, qmp: &Qmp) -> Result<bool> {
+    let places = processors(&qmp.execute("query-hotpluggable-cpus", json!({})).await?);
+    Ok(places.iter().any(|place| place.plugged.as_deref() == Some(id)))
 }
 
 /// `_OST`, ACPI 6.5 §6.3.5: of an ejection, with a status that is neither success nor "in progress".

@@ -28,6 +28,7 @@ use caisson_vmm_launcher::{
     qmp::Qmp,
     request,
     size::Sizes,
+    sockets::Sockets,
     tap,
     virtiofsd::{FileServers, KnownFileServers, Virtiofsd},
     vm::exit,
@@ -260,18 +261,6 @@ struct Plan<'a> {
     /// Where they listen, until StratoVirt has connected.
     sockets: Sockets,
     lifetime: Lifetime,
-}
-
-/// Removed when dropped.
-#[derive(Debug, Default)]
-struct Sockets(Vec<PathBuf>);
-
-impl Drop for Sockets {
-    fn drop(&mut self) {
-        for socket in &self.0 {
-            let _ = std::fs::remove_file(socket);
-        }
-    }
 }
 
 impl<'a> Plan<'a> {

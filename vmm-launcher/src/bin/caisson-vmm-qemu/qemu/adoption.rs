@@ -1,20 +1,17 @@
 //! A QEMU whose launcher was killed goes on with another one. It listens for that on sockets in the state directory.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     sync::Mutex,
 };
 
-use caisson_protocol::vmm::VmState;
 use caisson_vmm_launcher::{
-    Error, Result, console::Console, hypervisor::Adopted, outlive::Memory, process::Process, qmp::Qmp,
+    Error, Result, console::Console, hypervisor::Adopted, outlive::Memory, process::Process, qmp::Qmp, sockets::Sockets,
 };
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use tokio::net::UnixStream;
 
-use super::Qemu;
+use super::{Qemu, status};
 use crate::{
     helpers::{Helpers, KnownHelpers},
     hotplug::{self, Slots},
@@ -33,23 +30,9 @@ struct Own {
     helpers: KnownHelpers,
 }
 
-/// The sockets on which QEMU takes one launcher after the other.
-#[derive(Debug)]
-pub struct Sockets {
-    pub qmp: PathBuf,
-    pub console: PathBuf,
-}
-
-impl Sockets {
-    pub fn in_dir(state_dir: &Path) -> Self {
-        Self { qmp: state_dir.join("qmp.sock"), console: state_dir.join("console.sock") }
-    }
-
-    pub fn remove(&self) {
-        for socket in [&self.qmp, &self.console] {
-            let _ = fs::remove_file(socket);
-        }
-    }
+/// The sockets on which QEMU takes one launcher after the other: for its machine protocol, and for the console.
+pub fn sockets(state_dir: &Path) -> [PathBuf; 2] {
+    ["qmp.sock", "console.sock"].map(|name| state_dir.join(name))
 }
 
 pub fn remember(qemu: &Qemu) -> Result<Memory> {
@@ -69,19 +52,15 @@ pub fn remember(qemu: &Qemu) -> Result<Memory> {
 }
 
 pub async fn adopt(state_dir: &Path, memory: Memory) -> Result<Adopted<Qemu>> {
+    let [protocol, serial] = sockets(state_dir);
+    let names = Sockets(vec![protocol.clone(), serial.clone()]);
     let own: Own = memory.own()?;
     let process = Process::adopt(&memory.process)?;
-    let sockets = Sockets::in_dir(state_dir);
-    let qmp = Qmp::over("QEMU", connect(&sockets.qmp).await?);
+    let qmp = Qmp::over("QEMU", connect(&protocol).await?);
     qmp.negotiate().await?;
-    let console = Console::adopt(connect(&sockets.console).await?, memory.console_log.as_deref())?;
-    let helpers = Helpers::adopt(&own.helpers)?;
-    let status = qmp.execute("query-status", json!({})).await?;
-    let state = match status["status"].as_str() {
-        Some("prelaunch" | "inmigrate") => VmState::CREATED,
-        Some("paused") => VmState::PAUSED,
-        _ => VmState::RUNNING,
-    };
+    let console = Console::adopt(connect(&serial).await?, memory.console_log.as_deref())?;
+    let helpers = Helpers::adopt(&own.helpers, names)?;
+    let state = status::state(&qmp).await?;
     let hypervisor = Qemu {
         process,
         qmp,
@@ -92,7 +71,6 @@ pub async fn adopt(state_dir: &Path, memory: Memory) -> Result<Adopted<Qemu>> {
         run_dir: own.run_dir,
         unsaveable: own.unsaveable,
         known: own.helpers,
-        sockets: Some(sockets),
         console_log: memory.console_log,
     };
     Ok(Adopted { hypervisor, state })
