@@ -58,6 +58,21 @@ const IMAGE_ID: &str = "image";
 const NO_PAUSE: &str = "StratoVirt's own system call filter ends its microvm when it is paused; seccomp = false in the \
                         configuration does without the filter";
 
+/// Its `migrate` and `-incoming` save and restore memory, processors, the serial port and disks. But in version 2.5.0
+/// `start_incoming_migration`, machine/src/lib.rs, starts the vCPUs whatever `-S` says. `add_virtio_rng` there leaves the
+/// device's queues out: who reads /dev/hwrng waits for ever. And `get_state_vec`, virtio/src/vhost/kernel/vsock.rs, tells the
+/// guest of its new vsock after the queue for that was saved: the guest hears of it when the first connection comes, which
+/// is lost, and one that is saved a second time never does. Restoring needs `seccomp = false`, as pausing.
+const NO_SNAPSHOT: &str = "a guest that StratoVirt restores runs before it is told to, has lost its rng device, and may have \
+                           lost its vsock";
+
+/// microvm has a virtio-mem device. But in version 2.5.0 StratoVirt's own filter ends it when memory comes. Without the filter,
+/// `set_mem_table`, virtio/src/vhost/kernel/mod.rs, is called only when the guest starts: its vsock stands still with the
+/// first buffer in memory that has come later. And `unplug_range`, virtio/src/device/memory.rs, unmaps what the guest gives
+/// back, while `plug_range` takes it for mapped: when it comes again, a vCPU ends.
+const NO_MORE_MEMORY: &str = "StratoVirt's vsock does not reach memory that has come later, and a guest dies of memory that \
+                              comes a second time";
+
 /// For `Capabilities`, whatever StratoVirt has.
 const MISSING: &[(&str, &str)] = &[
     ("pause", NO_PAUSE),
@@ -65,9 +80,9 @@ const MISSING: &[(&str, &str)] = &[
     ("vfio", "it needs StratoVirt's q35, which is not used"),
     ("net-hotplug", "StratoVirt drops what is sent to a card that has come after its guest started"),
     ("fs-hotplug", "microvm takes disks only"),
-    ("snapshot", "StratoVirt saves no guest with a vsock or a shared directory"),
+    ("snapshot", NO_SNAPSHOT),
     ("resize-vcpus", "it needs StratoVirt's q35, which is not used"),
-    ("resize-memory", "it needs StratoVirt's q35, which is not used"),
+    ("resize-memory", NO_MORE_MEMORY),
     ("tdx", "StratoVirt has no confidential guests"),
     ("sev-snp", "StratoVirt has no confidential guests"),
 ];
