@@ -243,7 +243,7 @@ impl Hypervisor for Firecracker {
     fn remember(&self) -> Result<Memory> {
         let own = Own { run_dir: self.run_dir.clone(), disks: self.spares.disks(), sizes: self.sizes() };
         Ok(Memory {
-            process: self.process.known()?,
+            process: self.process.known(),
             console_log: self.console_log.clone(),
             own: serde_json::to_value(own).expect("paths of requests are UTF-8"),
         })

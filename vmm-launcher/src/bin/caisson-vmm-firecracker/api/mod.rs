@@ -37,7 +37,7 @@ impl Api {
     /// # Errors
     /// When the connection has ended already.
     pub async fn over(stream: UnixStream) -> Result<Self> {
-        HttpApi::over("Firecracker", stream).await.map(Self)
+        HttpApi::over("Firecracker", "", stream).await.map(Self)
     }
 
     /// Has it log only what goes wrong.
