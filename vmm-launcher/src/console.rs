@@ -10,6 +10,7 @@ use std::{
         unix::{fs::OpenOptionsExt, net::UnixStream as StdUnixStream},
     },
     path::{Path, PathBuf},
+    process::Stdio,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -19,7 +20,7 @@ use std::{
 
 use caisson_protocol::vmm::{Device, device::Kind};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, Interest},
     net::{
         UnixStream,
         unix::{OwnedWriteHalf, pipe},
@@ -113,7 +114,7 @@ impl Console {
     pub fn over(connection: UnixStream, log: Option<&Path>, audience: Audience) -> Result<Self> {
         let log = log.map(Log::create).transpose()?;
         let (output, input) = connection.into_split();
-        Ok(Self::listen(output, Some(input), log, Heard::default(), audience))
+        Ok(Self::listen(output, Some(Input::Socket(input)), log, Heard::default(), audience))
     }
 
     /// The console of an adopted VM, on a new connection: its log goes on, and what is in there was heard.
@@ -123,16 +124,23 @@ impl Console {
     pub fn adopt(connection: UnixStream, log: Option<&Path>) -> Result<Self> {
         let (output, input) = connection.into_split();
         let (log, heard) = Heard::before(log)?;
-        Ok(Self::listen(output, Some(input), log, heard, Audience::Nobody))
+        Ok(Self::listen(output, Some(Input::Socket(input)), log, heard, Audience::Nobody))
     }
 
-    /// A console that the hypervisor writes to a pipe. Nobody can type there.
+    /// A console that the hypervisor writes to a pipe, and what it reads, which is another one if there is an audience.
     ///
     /// # Errors
-    /// When the log file cannot be made.
-    pub fn over_pipe(output: pipe::Receiver, log: Option<&Path>) -> Result<Self> {
+    /// When the log file or the pipe cannot be made.
+    pub fn over_pipe(output: pipe::Receiver, log: Option<&Path>, audience: Audience) -> Result<(Self, Stdio)> {
         let log = log.map(Log::create).transpose()?;
-        Ok(Self::listen(output, None, log, Heard::default(), Audience::Nobody))
+        let (input, stdin) = match audience {
+            Audience::Nobody => (None, Stdio::null()),
+            Audience::Terminal => {
+                let (stdin, input) = input_pipe().map_err(Error::host("make a pipe for the guest's input"))?;
+                (Some(Input::Pipe(input)), stdin)
+            }
+        };
+        Ok((Self::listen(output, input, log, Heard::default(), audience), stdin))
     }
 
     /// [`Self::adopt`] for one on a pipe.
@@ -146,7 +154,7 @@ impl Console {
 
     fn listen(
         output: impl AsyncRead + Unpin + Send + 'static,
-        input: Option<OwnedWriteHalf>,
+        input: Option<Input>,
         log: Option<Log>,
         heard: Heard,
         audience: Audience,
@@ -163,7 +171,7 @@ impl Console {
         if let Some(input) = input {
             tokio::spawn(async move {
                 match audience {
-                    Audience::Terminal => forward_input(input, tell_escaped).await,
+                    Audience::Terminal => forward_input(tokio::io::stdin(), input, tell_escaped).await,
                     Audience::Nobody => hold(input, tell_escaped).await,
                 }
             });
@@ -267,14 +275,41 @@ fn pair() -> io::Result<(UnixStream, OwnedFd)> {
     Ok((UnixStream::from_std(near)?, far.into()))
 }
 
-async fn forward_input(mut input: OwnedWriteHalf, escaped: watch::Sender<bool>) {
-    let mut stdin = tokio::io::stdin();
+fn input_pipe() -> io::Result<(Stdio, pipe::Sender)> {
+    let (reader, writer) = io::pipe()?;
+    Ok((reader.into(), pipe::Sender::from_owned_fd(writer.into())?))
+}
+
+/// Where the guest's input goes.
+enum Input {
+    Socket(OwnedWriteHalf),
+    Pipe(pipe::Sender),
+}
+
+impl Input {
+    async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Socket(socket) => socket.write_all(bytes).await,
+            Self::Pipe(pipe) => pipe.write_all(bytes).await,
+        }
+    }
+
+    /// Answers when the hypervisor has closed its end.
+    async fn closed(&self) {
+        let _ = match self {
+            Self::Socket(socket) => socket.as_ref().ready(Interest::ERROR).await,
+            Self::Pipe(pipe) => pipe.ready(Interest::ERROR).await,
+        };
+    }
+}
+
+async fn forward_input(mut from: impl AsyncRead + Unpin, mut input: Input, escaped: watch::Sender<bool>) {
     let mut buffer = [0; 256];
-    while let Ok(count @ 1..) = stdin.read(&mut buffer).await {
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
         if buffer[..count].contains(&ESCAPE) {
             escaped.send_replace(true);
         }
-        if input.write_all(&buffer[..count]).await.is_err() {
+        if input.write(&buffer[..count]).await.is_err() {
             return;
         }
     }
@@ -282,8 +317,8 @@ async fn forward_input(mut input: OwnedWriteHalf, escaped: watch::Sender<bool>) 
 }
 
 /// Keeps the console's input open for as long as the hypervisor keeps it: it would take a closed one for the end of both.
-async fn hold(input: OwnedWriteHalf, _escaped: watch::Sender<bool>) {
-    let _ = input.as_ref().ready(tokio::io::Interest::ERROR).await;
+async fn hold(input: Input, _escaped: watch::Sender<bool>) {
+    input.closed().await;
 }
 
 /// The log: `path` and, once that is full, what it held before in `<path>.1`.
@@ -408,6 +443,27 @@ mod tests {
     async fn ordinary_output_is_no_panic() {
         let console = hear(None, &[b"panic is not what happens here\n"]).await;
         assert_eq!(console.panic(), None);
+    }
+
+    #[tokio::test]
+    async fn what_is_typed_arrives_until_the_hypervisor_has_ended() {
+        let (stdin, input) = io::pipe().unwrap();
+        let mut stdin = pipe::Receiver::from_owned_fd(stdin.into()).unwrap();
+        let input = Input::Pipe(pipe::Sender::from_owned_fd(input.into()).unwrap());
+        let (mut terminal, from) = tokio::io::duplex(64);
+        let forwarding = tokio::spawn(forward_input(from, input, watch::Sender::new(false)));
+        let mut heard = [0; 8];
+        terminal.write_all(b"morning\n").await.unwrap();
+        stdin.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, b"morning\n");
+        terminal.write_all(b"evening\n").await.unwrap();
+        stdin.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, b"evening\n");
+        // The terminal's end is none of the guest's input.
+        drop(terminal);
+        assert_eq!(stdin.try_read(&mut heard).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        drop(stdin);
+        forwarding.await.unwrap();
     }
 
     #[test]

@@ -102,13 +102,10 @@ impl VsockServer {
     }
 
     /// Its socket, and what another launcher needs to adopt it; none when it ends with this one.
-    ///
-    /// # Errors
-    /// When it has ended.
-    pub fn known(&self) -> Result<Option<(PathBuf, Known)>> {
+    pub fn known(&self) -> Option<(PathBuf, Known)> {
         match self {
-            Self::Here(_) => Ok(None),
-            Self::Aside { process, socket } => Ok(Some((socket.clone(), process.known()?))),
+            Self::Here(_) => None,
+            Self::Aside { process, socket } => Some((socket.clone(), process.known())),
         }
     }
 

@@ -12,6 +12,7 @@
 use std::{
     convert::Infallible,
     fs::{self, File},
+    io,
     os::{
         fd::{AsFd, OwnedFd},
         unix::process::CommandExt,
@@ -61,6 +62,8 @@ const ROOT: &str = "/proc";
 const LIBRARIES: [&str; 3] = ["/lib", "/lib64", "/usr/lib"];
 /// The files belong to root and other users. In here are only those that the VM has.
 const OPENS_FILES: CapabilitySet = CapabilitySet::DAC_OVERRIDE;
+/// The exit status of a launcher that was executed to show something where something is: `EEXIST`.
+const TAKEN: u8 = 17;
 /// A handful of system calls.
 const SHOW_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -143,7 +146,7 @@ pub fn inside(program: &Path) -> PathBuf {
 /// Shows `outside` to a process in a jail that runs already.
 ///
 /// # Errors
-/// When it cannot be mounted there.
+/// [`Error::Invalid`] when there is something at `inside`; when it cannot be mounted there.
 pub async fn show(jailed: u32, outside: &Path, inside: &Path, writable: bool) -> Result<()> {
     let file = Shown { outside: outside.to_owned(), inside: inside.to_owned(), writable };
     execute(&Order::Show { jailed, file }).await
@@ -161,6 +164,9 @@ async fn execute(what: &Order) -> Result<()> {
     let process = Process::start(Path::new("/proc/self/exe"), &order(what), Vec::new())?;
     match timeout(SHOW_DEADLINE, process.ended()).await {
         Ok(ended) if ended.well() => Ok(()),
+        Ok(ended) if ended.status.and_then(|status| status.code()) == Some(TAKEN.into()) => {
+            Err(Error::Invalid(ended.stderr))
+        }
         Ok(ended) => Err(Error::Hypervisor(ended.stderr)),
         Err(_) => Err(Error::Hypervisor("the hypervisor's jail cannot be changed in time".into())),
     }
@@ -188,14 +194,16 @@ pub fn obey() -> Option<ExitCode> {
             Order::Show { jailed, file } => join(jailed, Some(&file.outside), |tree| show_tree(tree, &file)),
             Order::Hide { jailed, inside } => join(jailed, None, |_| {
                 umount2(&inside, MntFlags::MNT_DETACH).with_context(|| format!("unmount {}", inside.display()))?;
-                Ok(fs::remove_file(&inside).or_else(|_| fs::remove_dir(&inside))?)
+                remove_target(&inside)
             }),
         });
     Some(match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error:#}");
-            ExitCode::FAILURE
+            let source = error.root_cause().downcast_ref::<io::Error>();
+            let taken = source.is_some_and(|source| source.kind() == io::ErrorKind::AlreadyExists);
+            if taken { ExitCode::from(TAKEN) } else { ExitCode::FAILURE }
         }
     })
 }
@@ -233,15 +241,15 @@ fn make_root(directories: &[PathBuf], files: &[Shown]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Something to mount a file or a directory on.
+/// Something to mount a file or a directory on. What is there may be a file of the host, and stays as it is.
 fn make_target(target: &Path, is_dir: bool) -> anyhow::Result<()> {
-    if is_dir {
-        fs::create_dir_all(target)?;
-    } else {
-        fs::create_dir_all(target.parent().context("it has no directory")?)?;
-        File::create(target)?;
-    }
-    Ok(())
+    fs::create_dir_all(target.parent().context("it has no directory")?)?;
+    let made = if is_dir { fs::create_dir(target) } else { File::create_new(target).map(drop) };
+    made.with_context(|| format!("make {}", target.display()))
+}
+
+fn remove_target(target: &Path) -> anyhow::Result<()> {
+    Ok(fs::remove_file(target).or_else(|_| fs::remove_dir(target))?)
 }
 
 fn restrict(target: &Path, writable: bool) -> anyhow::Result<()> {
@@ -297,9 +305,34 @@ fn join(
 fn show_tree(tree: Option<OwnedFd>, file: &Shown) -> anyhow::Result<()> {
     let tree = tree.context("nothing to show")?;
     let inside = &file.inside;
-    make_target(inside, File::from(tree.try_clone()?).metadata()?.is_dir())?;
-    move_mount(tree.as_fd(), "", CWD, inside, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .map_err(anyhow::Error::from)
-        .and_then(|()| restrict(inside, file.writable))
+    let shown = || -> anyhow::Result<()> {
+        move_mount(tree.as_fd(), "", CWD, inside, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+        restrict(inside, file.writable).inspect_err(|_| {
+            let _ = umount2(inside, MntFlags::MNT_DETACH);
+        })
+    };
+    let is_dir = File::from(tree.try_clone()?).metadata()?.is_dir();
+    make_target(inside, is_dir)
+        // What was made in vain would be in the way of the next attempt.
+        .and_then(|()| shown().inspect_err(|_| drop(remove_target(inside))))
         .with_context(|| format!("show {} to the hypervisor", file.outside.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shown_already_stays_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disks/root");
+        make_target(&disk, false).unwrap();
+        fs::write(&disk, "data").unwrap();
+        for is_dir in [false, true] {
+            let refusal = make_target(&disk, is_dir).unwrap_err();
+            let source = refusal.root_cause().downcast_ref::<io::Error>().unwrap();
+            assert_eq!(source.kind(), io::ErrorKind::AlreadyExists);
+        }
+        assert_eq!(fs::read(&disk).unwrap(), b"data");
+    }
 }

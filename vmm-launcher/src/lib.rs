@@ -31,6 +31,7 @@ pub mod outlive;
 pub mod process;
 pub mod qmp;
 pub mod size;
+pub mod snapshot;
 pub mod sockets;
 pub mod tail;
 pub mod tap;

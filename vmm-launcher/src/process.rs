@@ -8,7 +8,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::{fs::OpenOptionsExt, process::ExitStatusExt},
     },
-    path::{Path, PathBuf},
+    path::Path,
     process::{ExitStatus, Stdio},
     sync::{Arc, Mutex},
     time::Duration,
@@ -40,8 +40,7 @@ use crate::{
 /// A running child, or one of a launcher that was killed; killed when dropped.
 #[derive(Debug)]
 pub struct Process {
-    program: PathBuf,
-    pid: u32,
+    known: Known,
     kill: mpsc::Sender<()>,
     ended: watch::Receiver<Option<Ended>>,
 }
@@ -141,11 +140,12 @@ impl Process {
             None => sys::die_with_parent(&mut command),
         }
         let mut child = command.spawn().map_err(Error::host(format!("execute {}", program.display())))?;
-        let pid = child.id().unwrap_or_default();
-        let (process, mut killed, end) = Self::watched(program, pid, Some(words));
+        // Before anybody waits for it, after which its number may name another.
+        let known = Known::new(program, child.id().unwrap_or_default())?;
+        let (process, mut killed, end) = Self::watched(known, Some(words));
         tokio::spawn(async move {
             let status = wait(&mut child, &mut killed).await;
-            end.tell(Some(status)).await;
+            end.tell(status).await;
         });
         Ok(process)
     }
@@ -164,7 +164,7 @@ impl Process {
         // An ended one has none left.
         let words = reopen(id.pid, 2).ok();
         let handle = sys::watch(handle).map_err(Error::host(watch))?;
-        let (process, mut killed, end) = Self::watched(program, id.pid, words);
+        let (process, mut killed, end) = Self::watched(known.clone(), words);
         tokio::spawn(async move {
             tokio::select! {
                 _ = handle.readable() => {}
@@ -179,35 +179,33 @@ impl Process {
         Ok(process)
     }
 
-    fn watched(program: &Path, pid: u32, words: Option<pipe::Receiver>) -> (Self, mpsc::Receiver<()>, End) {
+    fn watched(known: Known, words: Option<pipe::Receiver>) -> (Self, mpsc::Receiver<()>, End) {
         let stderr = Arc::new(Mutex::new(Tail::default()));
         let reader = words.map(|pipe| tokio::spawn(keep_tail(pipe, stderr.clone())));
         let (kill, killed) = mpsc::channel(1);
         let (tell, ended) = watch::channel(None);
-        (Self { program: program.to_owned(), pid, kill, ended }, killed, End { stderr, reader, tell })
+        (Self { known, kill, ended }, killed, End { stderr, reader, tell })
     }
 
     /// What another launcher needs to adopt it.
-    ///
-    /// # Errors
-    /// When it has ended.
-    pub fn known(&self) -> Result<Known> {
-        Known::new(&self.program, self.pid)
+    pub fn known(&self) -> Known {
+        self.known.clone()
     }
 
     /// The same child, called by the name of the program that it executes next.
-    pub(crate) fn becomes(self, program: &Path) -> Self {
-        Self { program: program.to_owned(), ..self }
+    pub(crate) fn becomes(mut self, program: &Path) -> Self {
+        self.known.program = program.to_owned();
+        self
     }
 
     /// What it executed.
     pub fn program(&self) -> &Path {
-        &self.program
+        &self.known.program
     }
 
     /// On the host.
     pub fn pid(&self) -> u32 {
-        self.pid
+        self.known.id().pid
     }
 
     /// Ends the child at once; [`Self::ended`] tells when it has.
@@ -217,11 +215,13 @@ impl Process {
     }
 
     /// Answers when the child has ended and was reaped.
-    pub async fn ended(&self) -> Ended {
+    pub fn ended(&self) -> impl Future<Output = Ended> + Send + use<> {
         let mut ended = self.ended.clone();
-        match ended.wait_for(Option::is_some).await {
-            Ok(ended) => ended.clone().expect("waited for"),
-            Err(_) => unreachable!("the task that reaps a child always tells"),
+        async move {
+            match ended.wait_for(Option::is_some).await {
+                Ok(ended) => ended.clone().expect("waited for"),
+                Err(_) => unreachable!("the task that reaps a child always tells"),
+            }
         }
     }
 
@@ -239,9 +239,18 @@ impl Process {
         (self.ended().await, Some(words))
     }
 
+    /// `refusal` of this hypervisor, and how it has ended, as `describe` has it, if that is why.
+    pub async fn last_words(&self, refusal: Error, describe: impl FnOnce(&Ended) -> String) -> Error {
+        let Error::Hypervisor(why) = refusal else { return refusal };
+        match timeout(END_AFTER_REFUSAL, self.ended()).await {
+            Ok(ended) if !why.contains(&ended.how()) => Error::Hypervisor(format!("{why}: {}", describe(&ended))),
+            _ => Error::Hypervisor(why),
+        }
+    }
+
     /// `ended` in words for people: "/usr/bin/qemu-system-x86_64 exited with status 1: its last words".
     pub fn describe(&self, ended: &Ended) -> String {
-        ended.words(&self.program, self.pid)
+        ended.words(&self.known.program, self.pid())
     }
 }
 
@@ -303,6 +312,8 @@ fn status_of_ended(id: ProcessId) -> Option<ExitStatus> {
 
 /// How long the last words of an ended child may take to arrive.
 const LAST_WORDS: Duration = Duration::from_millis(200);
+/// How much later than it refuses something a hypervisor may end because of that.
+const END_AFTER_REFUSAL: Duration = Duration::from_millis(100);
 /// How much later than its helpers a hypervisor may be heard to have ended.
 const HELPER_AFTER_HYPERVISOR: Duration = Duration::from_secs(1);
 
@@ -310,15 +321,16 @@ fn signal_name(number: i32) -> String {
     nix::sys::signal::Signal::try_from(number).map_or_else(|_| format!("signal {number}"), |signal| signal.to_string())
 }
 
-async fn wait(child: &mut Child, killed: &mut mpsc::Receiver<()>) -> ExitStatus {
+/// None when the kernel does not tell.
+async fn wait(child: &mut Child, killed: &mut mpsc::Receiver<()>) -> Option<ExitStatus> {
     tokio::select! {
-        status = child.wait() => return status.unwrap_or_default(),
+        status = child.wait() => return status.ok(),
         // A message, or the `Process` was dropped.
         _ = killed.recv() => {}
     }
     // It fails when the child has ended, which is all the same.
     let _ = child.start_kill();
-    child.wait().await.unwrap_or_default()
+    child.wait().await.ok()
 }
 
 async fn keep_tail(mut pipe: impl AsyncRead + Unpin, tail: Arc<Mutex<Tail>>) {
@@ -375,7 +387,7 @@ mod tests {
         let lifetime = Lifetime::of(&request).unwrap();
         let process =
             Process::start_with(Path::new("/bin/sh"), &arguments, Vec::new(), Streams::none(), &lifetime).unwrap();
-        let known = process.known().unwrap();
+        let known = process.known();
         (process, known)
     }
 
@@ -398,6 +410,36 @@ mod tests {
         assert_eq!(list.read().unwrap(), [known.id()]);
         list.end_all(Duration::from_secs(20)).unwrap();
         assert_eq!(process.ended().await.status.unwrap().signal(), Some(9));
+    }
+
+    #[tokio::test]
+    async fn a_process_that_has_ended_is_known_as_what_it_was() {
+        let process = shell("exit 0");
+        let known = process.known();
+        process.ended().await;
+        assert_eq!(process.known(), known);
+        assert!(Process::adopt(&process.known()).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_told_with_how_the_hypervisor_has_ended() {
+        let process = shell("echo out of memory >&2; exit 3");
+        process.ended().await;
+        let told = |refusal| process.last_words(refusal, |ended| process.describe(ended));
+        let hung_up = told(Error::Hypervisor("Fake hung up".into())).await.to_string();
+        assert_eq!(
+            hung_up,
+            format!("Fake hung up: /bin/sh (pid {}) exited with status 3: out of memory", process.pid())
+        );
+        assert_eq!(told(Error::Hypervisor(hung_up.clone())).await.to_string(), hung_up);
+        assert_eq!(told(Error::Invalid("no such disk".into())).await.to_string(), "no such disk");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_of_a_hypervisor_that_goes_on_is_told_as_it_is() {
+        let process = shell("exec sleep 1000");
+        let refusal = process.last_words(Error::Hypervisor("no".into()), |_| unreachable!("it goes on")).await;
+        assert_eq!(refusal.to_string(), "no");
     }
 
     #[tokio::test]

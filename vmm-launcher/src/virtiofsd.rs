@@ -75,21 +75,21 @@ impl Virtiofsd {
     }
 
     /// The share's name, and what another launcher needs to adopt the process.
-    ///
-    /// # Errors
-    /// When it has ended.
-    pub fn known(&self) -> Result<(String, Known)> {
-        Ok((self.tag.clone(), self.process.known()?))
+    pub fn known(&self) -> (String, Known) {
+        (self.tag.clone(), self.process.known())
     }
 
     /// Answers when it has failed: what ended, and its last words. It also ends when the hypervisor hangs up; that is no
     /// failure, and never answered.
-    async fn failed(&self) -> String {
-        let ended = self.process.ended().await;
-        if ended.well() {
-            std::future::pending::<()>().await;
+    pub fn failed(&self) -> impl Future<Output = String> + Send + use<> {
+        let ((tag, known), ended) = (self.known(), self.process.ended());
+        async move {
+            let ended = ended.await;
+            if ended.well() {
+                std::future::pending::<()>().await;
+            }
+            format!("the file server of share \"{tag}\" ended: {}", ended.words(&known.program, known.id().pid))
         }
-        format!("the file server of share \"{}\" ended: {}", self.tag, self.process.describe(&ended))
     }
 
     /// Ends it and waits until it has.
@@ -126,27 +126,16 @@ impl FileServers {
     }
 
     /// What another launcher needs to adopt them, if they outlive this one.
-    ///
-    /// # Errors
-    /// When one has ended.
-    pub fn known(&self, lifetime: &Lifetime) -> Result<KnownFileServers> {
+    pub fn known(&self, lifetime: &Lifetime) -> KnownFileServers {
         match lifetime.is_longer() {
             true => self.0.iter().map(Virtiofsd::known).collect(),
-            false => Ok(Vec::new()),
+            false => Vec::new(),
         }
     }
 
     /// Answers with the words of the first that fails; never when there is none.
     pub async fn failed(&self) -> String {
-        let mut failures: Vec<_> = self.0.iter().map(|file_server| Box::pin(file_server.failed())).collect();
-        std::future::poll_fn(|context| {
-            failures
-                .iter_mut()
-                .map(|failure| failure.as_mut().poll(context))
-                .find(std::task::Poll::is_ready)
-                .unwrap_or(std::task::Poll::Pending)
-        })
-        .await
+        first(self.0.iter().map(Virtiofsd::failed).collect()).await
     }
 
     /// Ends them and waits until they have.
@@ -155,6 +144,19 @@ impl FileServers {
             file_server.end().await;
         }
     }
+}
+
+/// Answers with the first of `failures`; never when there is none.
+pub async fn first<T: Future>(failures: Vec<T>) -> T::Output {
+    let mut failures: Vec<_> = failures.into_iter().map(Box::pin).collect();
+    std::future::poll_fn(|context| {
+        failures
+            .iter_mut()
+            .map(|failure| failure.as_mut().poll(context))
+            .find(std::task::Poll::is_ready)
+            .unwrap_or(std::task::Poll::Pending)
+    })
+    .await
 }
 
 /// A listening socket without a name, and a connection that waits in it.

@@ -29,7 +29,7 @@ async fn resize(launcher: &Launcher, memory_mib: u64) -> Result<u64, Status> {
 
 /// Resizes it, and goes on asking a hypervisor that does not tell when the guest has come so far.
 async fn resize_fully(launcher: &Launcher, memory_mib: u64) {
-    let tells = !matches!(launcher.backend, Backend::CloudHypervisor | Backend::Firecracker);
+    let tells = launcher.backend.tells_of_memory();
     let resized = async {
         loop {
             match resize(launcher, memory_mib).await.unwrap() {

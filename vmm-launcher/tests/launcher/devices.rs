@@ -34,6 +34,7 @@ for_backend!(
     CloudHypervisor,
     a_guest_of_cloud_hypervisor_finds_its_devices,
     a_disk_comes_and_goes_while_cloud_hypervisor_runs,
+    a_disk_stays_whole_when_another_is_to_have_its_name,
     what_devices_do_is_counted
 );
 for_backend!(
@@ -46,6 +47,7 @@ for_backend!(
     firecracker_only,
     Firecracker,
     a_disk_of_firecracker_is_filled_and_emptied,
+    a_disk_stays_whole_when_another_is_to_have_its_name,
     a_shared_directory_cannot_be_had_with_firecracker
 );
 
@@ -214,6 +216,26 @@ async fn as_many_disks_come_as_are_likely_to(backend: Backend) {
         launcher.client.attach(deadline(LIMIT), &attach).await.unwrap();
         launcher.until_console_has(&id).await;
     }
+}
+
+async fn a_disk_stays_whole_when_another_is_to_have_its_name(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let mut request = launcher.request(&images, "sleep");
+    if backend == Backend::Firecracker {
+        request.options += "spare_writable_disks = 1";
+    }
+    request.vm.as_mut().unwrap().devices =
+        vec![launcher.logged_console(), device("data", disk(&images, "data", false))];
+    launcher.create(&request).await.unwrap();
+    launcher.boot().await.unwrap();
+    launcher.until_console_has("guest: up").await;
+
+    let other = device("data", disk(&images, "other", false));
+    let attach = AttachRequest { device: Some(other).into(), ..Default::default() };
+    let status = Status::from(launcher.client.attach(deadline(LIMIT), &attach).await.unwrap_err());
+    assert_eq!(status, Status::new(Code::INVALID_ARGUMENT, "the VM has a device \"data\" already"));
+    assert_eq!(fs::metadata(images.dir.path().join("data")).unwrap().len(), 4096);
 }
 
 async fn a_disk_cannot_come_while_microvm_runs(backend: Backend) {

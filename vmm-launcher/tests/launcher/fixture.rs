@@ -136,6 +136,14 @@ impl Backend {
         }
     }
 
+    /// Whether it tells when a guest has come as far as it was asked to, which takes or gives memory.
+    pub fn tells_of_memory(self) -> bool {
+        match self {
+            Self::Qemu | Self::Builtin | Self::StratoVirt => true,
+            Self::CloudHypervisor | Self::Firecracker => false,
+        }
+    }
+
     /// How it ends when its guest reboots.
     pub fn rebooted(self) -> &'static str {
         match self {
@@ -270,7 +278,10 @@ case "$(cat /proc/cmdline)" in
     echo "guest: $(nproc) processors, $(($(sed -n 's/MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo) / 1024)) MiB"
     end ;;
 *do=script*) sh /script; end ;;
-*do=echo*) read -r line; echo "guest: heard $line"; end ;;
+*do=echo*)
+    read -r line; echo "guest: heard $line"
+    read -r line; echo "guest: heard $line"
+    end ;;
 esac
 while :; do sleep 1000; done
 "#;

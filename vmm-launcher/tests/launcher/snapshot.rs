@@ -16,6 +16,7 @@ use caisson_testbed::skip;
 use crate::{
     fixture::{Backend, Images, LIMIT, Launcher, children, device, for_backend, text},
     integrity::{self, PORT, assert_all_arrived, ended, exchange_over_vsock},
+    memory::free_huge_pages,
 };
 
 for_backend!(
@@ -23,6 +24,7 @@ for_backend!(
     Qemu,
     a_restored_guest_of_microvm_goes_on_where_it_was,
     a_restored_guest_of_q35_goes_on_where_it_was,
+    a_restored_guest_is_saved_again,
     a_restored_guest_is_reached_by_its_new_vsock,
     a_guest_with_hybrid_vsock_is_not_saved,
     a_guest_with_a_pmem_image_is_not_saved,
@@ -34,12 +36,19 @@ for_backend!(
     cloud_hypervisor,
     CloudHypervisor,
     a_restored_guest_goes_on_where_it_was,
+    a_restored_guest_is_saved_again,
+    a_running_guest_is_not_saved,
+    a_guest_is_saved_to_an_empty_directory_only,
     a_restored_guest_is_reached_by_its_new_vsock
 );
 for_backend!(
     firecracker,
     Firecracker,
     a_restored_guest_goes_on_where_it_was,
+    a_restored_guest_is_saved_again,
+    a_running_guest_is_not_saved,
+    a_guest_is_saved_to_an_empty_directory_only,
+    a_guest_of_huge_pages_is_not_saved,
     a_restored_guest_is_reached_by_its_new_vsock
 );
 for_backend!(stratovirt, StratoVirt, no_guest_is_saved);
@@ -87,9 +96,20 @@ async fn a_restored_guest_of_q35_goes_on_where_it_was(backend: Backend) {
 
 async fn goes_on_where_it_was(backend: Backend, options: &str) {
     let Some(images) = Images::find() else { return };
+    restored(backend, &images, options).await;
+}
+
+async fn a_restored_guest_is_saved_again(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let again = restored(backend, &images, "").await;
+    save(&again, &images.dir.path().join("again")).await;
+}
+
+/// A guest that was saved and goes on.
+async fn restored(backend: Backend, images: &Images, options: &str) -> Launcher {
     let snapshot = images.dir.path().join("snapshot");
     let first = Launcher::start(backend).await;
-    let mut request = first.request(&images, "tick");
+    let mut request = first.request(images, "tick");
     request.options += options;
     request.vm.as_mut().unwrap().devices = vec![first.logged_console()];
     first.create(&request).await.unwrap();
@@ -104,6 +124,7 @@ async fn goes_on_where_it_was(backend: Backend, options: &str) {
 
     second.until_console_has("guest: tick").await;
     assert!(!second.heard().contains("guest: up"));
+    second
 }
 
 /// Who listened in the guest still does. Connections that are made before the guest has noticed that its vsock is another
@@ -184,6 +205,33 @@ async fn a_running_guest_is_not_saved(backend: Backend) {
     launcher.boot().await.unwrap();
     let status = refusal(&launcher, &images).await;
     assert_eq!(status, Status::new(Code::FAILED_PRECONDITION, "cannot snapshot a VM that is running"));
+}
+
+async fn a_guest_is_saved_to_an_empty_directory_only(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    launcher.create(&launcher.request(&images, "sleep")).await.unwrap();
+    launcher.boot().await.unwrap();
+    launcher.client.pause(deadline(LIMIT), &PauseRequest::new()).await.unwrap();
+    let request = SnapshotRequest { directory: text(images.dir.path()), ..Default::default() };
+    let status = Status::from(launcher.client.snapshot(deadline(LIMIT), &request).await.unwrap_err());
+    assert_eq!(status.code, Code::INVALID_ARGUMENT);
+    assert!(status.message.ends_with(" is not empty"), "{status}");
+}
+
+async fn a_guest_of_huge_pages_is_not_saved(backend: Backend) {
+    let Some(images) = Images::find() else { return };
+    let launcher = Launcher::start(backend).await;
+    let mut request = launcher.request(&images, "sleep");
+    request.vm.as_mut().unwrap().huge_pages = true;
+    if let Err(refusal) = launcher.create(&request).await {
+        return assert!(free_huge_pages() < 96, "{refusal}");
+    }
+    launcher.boot().await.unwrap();
+    launcher.client.pause(deadline(LIMIT), &PauseRequest::new()).await.unwrap();
+    let status = refusal(&launcher, &images).await;
+    assert_eq!(status.code, Code::UNIMPLEMENTED);
+    assert!(status.message.starts_with("a VM of huge pages cannot be saved: "), "{status}");
 }
 
 async fn a_guest_with_a_shared_folder_is_not_saved(backend: Backend) {

@@ -41,8 +41,11 @@ async fn a_guest_in_a_pipe_hears_its_input_and_ends_well(backend: Backend) {
     let mut child = start(backend, &images, "echo");
     let mut console = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
     assert!(console.any(|line| line.contains("guest: up")));
-    child.stdin.take().unwrap().write_all(b"good morning\n").unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"good morning\n").unwrap();
     assert!(console.any(|line| line.contains("guest: heard good morning")));
+    stdin.write_all(b"good night\n").unwrap();
+    assert!(console.any(|line| line.contains("guest: heard good night")));
     assert!(child.wait().unwrap().success());
 }
 

@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use caisson_protocol::vmm::{
@@ -25,13 +25,14 @@ use caisson_vmm_launcher::{
     outlive::{Lifetime, Memory, connect},
     process::{Ended, Process, Streams},
     request,
-    size::Sizes,
+    size::{Size, Sizes},
+    snapshot,
     virtiofsd::{FileServers, KnownFileServers, Virtiofsd, connected_listener, named_listener},
     vm::exit,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::{net::UnixStream, time::timeout};
+use tokio::net::UnixStream;
 use tracing::{debug, info};
 
 use crate::{
@@ -44,8 +45,6 @@ use crate::{
     probe,
 };
 
-/// How much later than it refuses something Cloud Hypervisor may end because of that.
-const END_AFTER_REFUSAL: Duration = Duration::from_millis(100);
 /// `MAX_SUPPORTED_CPUS_LEGACY`, what local interrupt controllers without x2APIC can have.
 const MAX_VCPUS: u32 = 254;
 /// The rights that Cloud Hypervisor asks for came with Linux 6.2.
@@ -80,13 +79,15 @@ struct Constant {
     /// The number of Cloud Hypervisor's descriptor for them.
     events: i32,
     file_servers: KnownFileServers,
+    /// The devices that the VM was born with and that do not go away.
+    #[serde(default)]
+    born_with: Vec<String>,
 }
 
 /// What another launcher needs to know, beside Cloud Hypervisor's process.
 #[derive(Debug, Deserialize, Serialize)]
 struct Own {
     constant: Constant,
-    sockets: Vec<String>,
     attached: HashMap<String, KnownHostSide>,
     sizes: Sizes,
 }
@@ -126,18 +127,17 @@ impl Hypervisor for CloudHypervisor {
         let landlock = uses_landlock(options.landlock)?;
         let configuration = Configuration::of(vm, &options, landlock, run_dir)?;
         let started = start(request, vm, &options, Jail::default()).await?;
-        let attached = Attached::default();
         let created = async {
             started.api.create(&configuration.body).await?;
-            let (jailed, run_dir, lifetime) = (started.process.pid(), &started.run_dir, &started.lifetime);
-            let host = Host { jailed, run_dir, lifetime };
+            check_landlock(options.landlock, started.api.is_confined().await?)?;
+            let host = Host { run_dir: &started.run_dir, lifetime: &started.lifetime };
             for device in vm.devices.iter().filter(|device| configuration::comes_before_the_boot(device)) {
-                attached.attach(device, &host, &started.api).await?;
+                started.attached.attach(device, &host, &started.api).await?;
             }
             Ok(())
         };
         let created = created.await;
-        started.into_created(created, vm, configuration.devices, attached, audience).await
+        started.into_created(created, vm, configuration.devices, audience).await
     }
 
     async fn restore(request: &RestoreRequest, audience: Audience) -> Result<Created<Self>> {
@@ -149,19 +149,25 @@ impl Hypervisor for CloudHypervisor {
         };
         let vm = request::check(&as_new, MAX_VCPUS)?;
         let options: Options = parse(&request.options)?;
-        let run_dir = Path::new(&request.run_dir);
-        let devices = Configuration::of(vm, &options, false, run_dir)?.devices;
+        let landlock = uses_landlock(options.landlock)?;
+        let devices = Configuration::of(vm, &options, landlock, Path::new(&request.run_dir))?.devices;
         let cards = cards(vm)?;
         let mut jail = Jail::default();
         jail.show(&request.directory, SNAPSHOT, false);
         jail.make_directory(NO_TUN);
         let started = start(&as_new, vm, &options, jail).await?;
-        let restored = started.api.restore(SNAPSHOT, cards).await;
-        started.into_created(restored, vm, devices, Attached::default(), audience).await
+        let restored = async {
+            started.api.restore(SNAPSHOT, cards).await?;
+            // It may be saved again, there.
+            jail::hide(started.process.pid(), Path::new(SNAPSHOT)).await?;
+            check_landlock(options.landlock, started.api.is_confined().await?)
+        };
+        let restored = restored.await;
+        started.into_created(restored, vm, devices, audience).await
     }
 
     async fn boot(&self) -> Result<()> {
-        self.api.boot().await
+        self.explained(self.api.boot().await).await
     }
 
     async fn power_off(&self) -> Result<()> {
@@ -169,49 +175,53 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn pause(&self) -> Result<()> {
-        self.api.pause().await
+        self.explained(self.api.pause().await).await
     }
 
     async fn resume(&self) -> Result<()> {
-        self.api.resume().await
+        self.explained(self.api.resume().await).await
     }
 
     async fn attach(&self, device: &Device) -> Result<GuestDevice> {
-        let host = Host { jailed: self.process.pid(), run_dir: &self.run_dir, lifetime: &self.lifetime };
-        self.attached.attach(device, &host, &self.api).await
+        if self.known.born_with.contains(&device.id) {
+            return Err(Error::Invalid(format!("the VM has a device \"{}\" already", device.id)));
+        }
+        let host = Host { run_dir: &self.run_dir, lifetime: &self.lifetime };
+        self.explained(self.attached.attach(device, &host, &self.api).await).await
     }
 
     async fn detach(&self, id: &str) -> Result<()> {
-        self.attached.detach(id, self.process.pid(), &self.api, self.events.subscribe()).await
+        self.explained(self.attached.detach(id, &self.api).await).await
     }
 
     async fn snapshot(&self, request: &SnapshotRequest) -> Result<()> {
+        snapshot::check(self.api.state().await?, &request.directory)?;
         let pid = self.process.pid();
         jail::show(pid, Path::new(&request.directory), Path::new(SNAPSHOT), true).await?;
-        let made = self.api.snapshot(SNAPSHOT).await;
+        let made = self.explained(self.api.snapshot(SNAPSHOT).await).await;
         let hidden = jail::hide(pid, Path::new(SNAPSHOT)).await;
         made.and(hidden)
     }
 
+    /// It does not tell how many of them the guest uses.
     async fn resize_vcpus(&self, request: &ResizeVcpusRequest) -> Result<u32> {
         self.sizes().can_have_vcpus(request.vcpus)?;
-        self.api.resize_vcpus(request.vcpus).await?;
+        self.explained(self.api.resize_vcpus(request.vcpus).await).await?;
         self.sizes().now.vcpus = request.vcpus;
         Ok(request.vcpus)
     }
 
+    /// It does not tell when the guest has come so far: the answer is how far it is now.
     async fn resize_memory(&self, request: &ResizeMemoryRequest) -> Result<u64> {
         self.sizes().can_have_memory(request.memory_mib)?;
-        self.api.resize_memory(request.memory_mib).await?;
-        self.sizes().now.memory_mib = request.memory_mib;
-        Ok(request.memory_mib)
+        self.explained(self.api.resize_memory(request.memory_mib).await).await?;
+        self.api.memory_mib().await
     }
 
-    /// It does not tell when the guest has come so far: the answer is how far it is now.
+    /// As [`Self::resize_memory`].
     async fn resize_balloon(&self, request: &ResizeBalloonRequest) -> Result<u64> {
         self.sizes().can_give(request.memory_mib)?;
-        self.api.resize_balloon(request.memory_mib).await?;
-        self.api.balloon_mib().await
+        self.explained(self.api.resize_balloon(request.memory_mib).await).await
     }
 
     fn kill(&self) {
@@ -219,8 +229,14 @@ impl Hypervisor for CloudHypervisor {
     }
 
     async fn ended(&self) -> WaitResponse {
+        let helper_failed = async {
+            tokio::select! {
+                words = self.file_servers.failed() => words,
+                words = self.attached.failed() => words,
+            }
+        };
         let (ended, helper) = tokio::select! {
-            end = self.process.ended_with(self.file_servers.failed()) => end,
+            end = self.process.ended_with(helper_failed) => end,
             () = self.events.rebooting() => {
                 self.process.kill();
                 (self.process.ended().await, None)
@@ -228,7 +244,7 @@ impl Hypervisor for CloudHypervisor {
         };
         self.console.drained().await;
         self.file_servers.end().await;
-        self.attached.forget();
+        self.attached.end_all().await;
         self.run_dir.remove();
         if self.lifetime.is_longer() {
             let _ = fs::remove_file(self.known.state_dir.join(API));
@@ -249,33 +265,26 @@ impl Hypervisor for CloudHypervisor {
     }
 
     fn remember(&self) -> Result<Memory> {
-        let own = Own {
-            constant: self.known.clone(),
-            sockets: self.run_dir.names(),
-            attached: self.attached.known()?,
-            sizes: *self.sizes(),
-        };
+        let own = Own { constant: self.known.clone(), attached: self.attached.known(), sizes: *self.sizes() };
         Ok(Memory {
-            process: self.process.known()?,
+            process: self.process.known(),
             console_log: self.known.console_log.clone(),
             own: serde_json::to_value(own).expect("paths of requests are UTF-8"),
         })
     }
 
     async fn adopt(state_dir: &Path, memory: Memory) -> Result<Adopted<Self>> {
-        let Own { constant: known, sockets, attached, sizes } = memory.own()?;
+        let Own { constant: known, attached, sizes } = memory.own()?;
         let process = Process::adopt(&memory.process)?;
         let pid = process.pid();
-        let events = Events::adopt(pid, known.events).map_err(Error::host("listen to Cloud Hypervisor's events"))?;
-        let run_dir = RunDir::adopt(&known.run_dir, sockets);
+        let events = Events::adopt(pid, known.events).map_err(Error::host("listen to Cloud Hypervisor's events"));
+        let (events, removed) = events?;
+        let attached = Attached::adopt(pid, attached, removed);
+        let run_dir = RunDir::new(&known.run_dir);
         let api = state_dir.join(API);
         let stream = UnixStream::connect(&api).await.map_err(Error::host(format!("connect to {}", api.display())))?;
         let api = Api::over(stream).await?;
-        let state = match api.state().await?.as_str() {
-            "Created" => VmState::CREATED,
-            "Paused" => VmState::PAUSED,
-            _ => VmState::RUNNING,
-        };
+        let state = api.state().await?;
         let serial = connect(&memory.process, &run_dir.path(SERIAL)).await?;
         let console = Console::adopt(serial, known.console_log.as_deref())?;
         let hypervisor = Self {
@@ -284,7 +293,7 @@ impl Hypervisor for CloudHypervisor {
             api,
             events,
             console,
-            attached: Attached::adopt(attached)?,
+            attached,
             run_dir,
             sizes: Mutex::new(sizes),
             lifetime: Lifetime::of_vm(state_dir)?,
@@ -295,9 +304,13 @@ impl Hypervisor for CloudHypervisor {
 
     async fn metrics(&self) -> Result<String> {
         let mut metrics = metrics::Metrics::default();
-        metrics.size(self.sizes().now);
-        // Before the boot there is nothing to count, and it says so by refusing.
-        let counters = self.api.counters().await.unwrap_or_default();
+        let memory_mib = self.api.memory_mib().await?;
+        metrics.size(Size { memory_mib, ..self.sizes().now });
+        let counters = match self.api.counters().await {
+            // There is nothing to count, and it says so by refusing.
+            Err(_) if self.api.state().await? == VmState::CREATED => Value::Null,
+            counters => counters?,
+        };
         for (key, family) in [
             ("read_bytes", metrics::BLOCK_READ),
             ("write_bytes", metrics::BLOCK_WRITTEN),
@@ -317,11 +330,18 @@ fn cards(vm: &VmConfig) -> Result<Vec<(String, Vec<OwnedFd>)>> {
     cards.map(|card| Ok((card.id.clone(), configuration::taps(card)?))).collect()
 }
 
+/// The devices of `vm` that have their names for good.
+fn born_with(vm: &VmConfig) -> Vec<String> {
+    let stay = vm.devices.iter().filter(|device| !configuration::comes_before_the_boot(device));
+    stay.map(|device| device.id.clone()).collect()
+}
+
 /// A Cloud Hypervisor without a VM.
 struct Started {
     process: Process,
     api: Api,
     events: Events,
+    attached: Attached,
     file_servers: FileServers,
     run_dir: RunDir,
     lifetime: Lifetime,
@@ -350,13 +370,14 @@ async fn start(request: &CreateRequest, vm: &VmConfig, options: &Options, mut ja
         false => connected_listener(&run_dir.path(API))?,
     };
     let listener = OwnedFd::from(listener);
-    let (events, monitor) = Events::pipe().map_err(Error::host("make a pipe for events"))?;
+    let (events, removed, monitor) = Events::pipe().map_err(Error::host("make a pipe for events"))?;
     let known = Constant {
         run_dir: request.run_dir.clone().into(),
         state_dir,
         console_log: console::log_of(&vm.devices).map(Path::to_owned),
         events: monitor.as_raw_fd(),
-        file_servers: file_servers.known(&lifetime)?,
+        file_servers: file_servers.known(&lifetime),
+        born_with: born_with(vm),
     };
     let descriptor = |option: &str, fd: &OwnedFd| [option.to_owned(), format!("fd={}", fd.as_raw_fd())];
     let mut arguments = descriptor("--api-socket", &listener).to_vec();
@@ -366,8 +387,9 @@ async fn start(request: &CreateRequest, vm: &VmConfig, options: &Options, mut ja
     debug!(?arguments, "starting Cloud Hypervisor");
     let program = Path::new(&vm.hypervisor_path);
     let process = jail.start(program, &arguments, vec![listener, monitor], Streams::none())?;
+    let attached = Attached::new(process.pid(), removed);
     let api = Api::on(connection).await?;
-    let started_up = Started { process, api, events, file_servers, run_dir, lifetime, known };
+    let started_up = Started { process, api, events, attached, file_servers, run_dir, lifetime, known };
     let answered = tokio::select! {
         // What ended explains why nothing answers.
         biased;
@@ -394,7 +416,6 @@ impl Started {
         done: Result<()>,
         vm: &VmConfig,
         devices: Vec<GuestDevice>,
-        attached: Attached,
         audience: Audience,
     ) -> Result<Created<CloudHypervisor>> {
         // A file server that dies explains a VM that could not be.
@@ -409,7 +430,7 @@ impl Started {
             Ok(console) => console,
             Err(error) => return Err(self.end(error).await),
         };
-        let Self { process, api, events, file_servers, run_dir, lifetime, known } = self;
+        let Self { process, api, events, attached, file_servers, run_dir, lifetime, known } = self;
         let hypervisor = CloudHypervisor {
             process,
             api,
@@ -427,22 +448,25 @@ impl Started {
 
     /// Answers with `why`, and with Cloud Hypervisor's last words when it has ended by itself.
     async fn end(self, why: Error) -> Error {
-        let ended = timeout(END_AFTER_REFUSAL, self.process.ended()).await;
+        let why = self.process.last_words(why, |ended| self.process.describe(ended)).await;
         self.process.kill();
         self.process.ended().await;
         self.file_servers.end().await;
-        match ended {
-            Ok(ended) if !ended.stderr.is_empty() && !why.to_string().contains(&ended.stderr) => {
-                Error::Hypervisor(format!("{why}: {}", self.process.describe(&ended)))
-            }
-            _ => why,
-        }
+        why
     }
 }
 
 impl CloudHypervisor {
     fn sizes(&self) -> MutexGuard<'_, Sizes> {
         self.sizes.lock().expect("nobody panics with the sizes")
+    }
+
+    /// `done`, and Cloud Hypervisor's last words when it has ended instead.
+    async fn explained<T>(&self, done: Result<T>) -> Result<T> {
+        match done {
+            Err(refusal) => Err(self.process.last_words(refusal, |ended| self.process.describe(ended)).await),
+            done => done,
+        }
     }
 
     fn explain(&self, ended: &Ended) -> (ExitReason, String) {
@@ -471,5 +495,35 @@ fn uses_landlock(wish: Landlock) -> Result<bool> {
             "landlock = \"on\" cannot be had on this machine: the kernel's Landlock has version {version} and Cloud \
              Hypervisor needs {LANDLOCK_VERSION}, Linux 6.2; \"auto\" does without"
         ))),
+    }
+}
+
+/// # Errors
+/// When Cloud Hypervisor is confined otherwise than it has to be.
+fn check_landlock(wish: Landlock, is_confined: bool) -> Result<()> {
+    match (wish, is_confined) {
+        (Landlock::On, false) => Err(Error::Invalid(
+            "landlock = \"on\" cannot be had: this Cloud Hypervisor has no Landlock, or the snapshot is one of a VM \
+             without; \"auto\" does without"
+                .into(),
+        )),
+        (Landlock::Off, true) => Err(Error::Invalid(
+            "landlock = \"off\" cannot be had: the snapshot is one of a VM with Landlock; \"auto\" takes what it has"
+                .into(),
+        )),
+        (Landlock::On, true) | (Landlock::Off, false) | (Landlock::Auto, _) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn landlock_is_in_force_as_it_is_demanded_or_the_vm_is_refused() {
+        assert!(check_landlock(Landlock::On, false).unwrap_err().to_string().starts_with("landlock = \"on\" cannot"));
+        assert!(check_landlock(Landlock::Off, true).unwrap_err().to_string().starts_with("landlock = \"off\" cannot"));
+        assert!(check_landlock(Landlock::On, true).is_ok() && check_landlock(Landlock::Off, false).is_ok());
+        assert!(check_landlock(Landlock::Auto, true).is_ok() && check_landlock(Landlock::Auto, false).is_ok());
     }
 }

@@ -8,45 +8,48 @@ use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt, BufReader},
     net::unix::pipe::Receiver,
-    sync::{broadcast, watch},
+    sync::{mpsc, watch},
 };
 use tracing::debug;
 
-/// Events that a slow listener may miss.
-const EVENTS: usize = 64;
+/// Devices that are taken away at once, before whoever follows them is waited for.
+const REMOVED: usize = 64;
 /// An event has some hundred bytes.
 const MAX_EVENT: usize = 1 << 16;
 
 /// The events of one Cloud Hypervisor.
 #[derive(Debug)]
 pub struct Events {
-    events: broadcast::Sender<Value>,
     reboot: watch::Receiver<bool>,
 }
+
+/// The names of devices that the guest has let go of, as it does.
+pub type Removed = mpsc::Receiver<String>;
 
 impl Events {
     /// A listener, and the descriptor for `--event-monitor`.
     ///
     /// # Errors
     /// When the host makes no pipe.
-    pub fn pipe() -> io::Result<(Self, OwnedFd)> {
+    pub fn pipe() -> io::Result<(Self, Removed, OwnedFd)> {
         let (near, far) = lasting_pipe()?;
-        Ok((Self::over(near), far))
+        let (events, removed) = Self::over(near);
+        Ok((events, removed, far))
     }
 
     /// A listener to process `pid`, which has the descriptor as `number`.
     ///
     /// # Errors
     /// When it is gone.
-    pub fn adopt(pid: u32, number: i32) -> io::Result<Self> {
+    pub fn adopt(pid: u32, number: i32) -> io::Result<(Self, Removed)> {
         reopen(pid, number).map(Self::over)
     }
 
-    fn over(near: Receiver) -> Self {
-        let events = broadcast::Sender::new(EVENTS);
+    fn over(near: Receiver) -> (Self, Removed) {
+        let (tell_removed, removed) = mpsc::channel(REMOVED);
         let (tell_reboot, reboot) = watch::channel(false);
-        tokio::spawn(read(near, events.clone(), tell_reboot));
-        Self { events, reboot }
+        tokio::spawn(read(near, tell_removed, tell_reboot));
+        (Self { reboot }, removed)
     }
 
     /// Answers when the guest reboots. Cloud Hypervisor would start it again.
@@ -61,19 +64,14 @@ impl Events {
     pub fn has_rebooted(&self) -> bool {
         *self.reboot.borrow()
     }
-
-    /// Events from now on.
-    pub fn subscribe(&self) -> broadcast::Receiver<Value> {
-        self.events.subscribe()
-    }
 }
 
 /// Whether `event` is `name` of `source`.
-pub fn is(event: &Value, source: &str, name: &str) -> bool {
+fn is(event: &Value, source: &str, name: &str) -> bool {
     event["source"] == source && event["event"] == name
 }
 
-async fn read(stream: Receiver, events: broadcast::Sender<Value>, reboot: watch::Sender<bool>) {
+async fn read(stream: Receiver, removed: mpsc::Sender<String>, reboot: watch::Sender<bool>) {
     let mut stream = BufReader::new(stream);
     let mut text = Vec::new();
     let mut buffer = [0; 1024];
@@ -86,7 +84,11 @@ async fn read(stream: Receiver, events: broadcast::Sender<Value>, reboot: watch:
             if is(&event, "vm", "rebooting") {
                 reboot.send_replace(true);
             }
-            let _ = events.send(event);
+            if is(&event, "vm", "device-removed")
+                && let Some(id) = event["properties"]["id"].as_str()
+            {
+                let _ = removed.send(id.to_owned()).await;
+            }
         }
         if text.len() > MAX_EVENT {
             debug!("Cloud Hypervisor sends something else than events");
@@ -103,23 +105,23 @@ mod tests {
 
     #[tokio::test]
     async fn an_event_that_comes_in_pieces_is_one() {
-        let (events, far) = Events::pipe().unwrap();
-        let mut listener = events.subscribe();
+        let (events, mut removed, far) = Events::pipe().unwrap();
         let mut far = File::from(far);
-        far.write_all(b"{\n  \"source\": \"vm\",\n  \"event\": \"boo").unwrap();
-        far.write_all(b"ted\"\n}\n\n{\"source\": \"vm\", \"event\": \"rebooting\"}\n\n").unwrap();
-        assert!(is(&listener.recv().await.unwrap(), "vm", "booted"));
+        far.write_all(b"{\n  \"source\": \"vm\",\n  \"event\": \"device-rem").unwrap();
+        far.write_all(b"oved\",\n  \"properties\": {\"id\": \"disk\"}\n}\n\n").unwrap();
+        far.write_all(b"{\"source\": \"vm\", \"event\": \"rebooting\"}\n\n").unwrap();
+        assert_eq!(removed.recv().await.as_deref(), Some("disk"));
         events.rebooting().await;
         assert!(events.has_rebooted());
     }
 
     #[tokio::test]
     async fn what_is_no_event_is_passed_over() {
-        let (events, far) = Events::pipe().unwrap();
-        let mut listener = events.subscribe();
+        let (events, mut removed, far) = Events::pipe().unwrap();
         let mut far = File::from(far);
         far.write_all(b"]]]\n\n\n\n{\"source\": \"vm\", \"event\": \"booted\"}\n\n").unwrap();
-        assert!(is(&listener.recv().await.unwrap(), "vm", "booted"));
+        drop(far);
+        assert_eq!(removed.recv().await, None);
         assert!(!events.has_rebooted());
     }
 }

@@ -4,7 +4,6 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::Mutex,
 };
 
 /// The VM's run directory.
@@ -52,46 +51,32 @@ pub fn fs_socket(id: &str) -> String {
     format!("fs-{id}.sock")
 }
 
-/// The sockets in the run directory; removed when dropped.
+/// The run directory, whose sockets are removed when it is dropped.
 #[derive(Debug)]
-pub struct RunDir {
-    path: PathBuf,
-    names: Mutex<Vec<String>>,
-}
+pub struct RunDir(PathBuf);
 
 impl RunDir {
-    /// `path`, which has no sockets yet.
+    /// The one at `path`.
     pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), names: Mutex::new(vec![VSOCK.into(), SERIAL.into()]) }
-    }
-
-    /// `path` with the sockets `names`.
-    pub fn adopt(path: &Path, names: Vec<String>) -> Self {
-        Self { path: path.to_owned(), names: Mutex::new(names) }
-    }
-
-    /// The sockets' names.
-    pub fn names(&self) -> Vec<String> {
-        self.names.lock().expect("nobody panics with the names").clone()
+        Self(path.to_owned())
     }
 
     /// `name` in it, on the host.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.path.join(name)
+        self.0.join(name)
     }
 
     /// The socket of the file server `id`, on the host.
     pub fn fs_socket(&self, id: &str) -> PathBuf {
-        let name = fs_socket(id);
-        let path = self.path(&name);
-        self.names.lock().expect("nobody panics with the names").push(name);
-        path
+        self.path(&fs_socket(id))
     }
 
     /// Removes the sockets.
     pub fn remove(&self) {
-        for name in self.names.lock().expect("nobody panics with the names").drain(..) {
-            let _ = fs::remove_file(self.path.join(name));
+        for entry in fs::read_dir(&self.0).into_iter().flatten().flatten() {
+            if is_socket(&entry.file_name().to_string_lossy()) {
+                let _ = fs::remove_file(entry.path());
+            }
         }
     }
 }
@@ -99,5 +84,27 @@ impl RunDir {
 impl Drop for RunDir {
     fn drop(&mut self) {
         self.remove();
+    }
+}
+
+fn is_socket(name: &str) -> bool {
+    [VSOCK, SERIAL].contains(&name) || name.starts_with("fs-") && name.ends_with(".sock")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn its_sockets_are_removed_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::new(dir.path());
+        for name in [VSOCK, SERIAL, "console.log"] {
+            fs::write(run_dir.path(name), "").unwrap();
+        }
+        fs::write(run_dir.fs_socket("share"), "").unwrap();
+        drop(run_dir);
+        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["console.log"]);
     }
 }

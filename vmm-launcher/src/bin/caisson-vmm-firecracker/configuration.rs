@@ -10,7 +10,7 @@ use caisson_vmm_launcher::{Error, Result, jail::Jail, request};
 use serde_json::{Value, json};
 
 use crate::{
-    disks,
+    disks::{self, ROOT, Spare},
     layout::{self, IMAGE, INITRD, KERNEL, VSOCK},
     options::Options,
 };
@@ -37,6 +37,7 @@ pub struct Configuration {
     pub calls: Vec<(String, Value)>,
     /// In the request's order.
     pub devices: Vec<GuestDevice>,
+    pub spares: Vec<Spare>,
 }
 
 impl Configuration {
@@ -61,13 +62,14 @@ impl Configuration {
         }
         configuration.call("/boot-source", boot);
         if !vm.image.is_empty() {
-            configuration.drive("image", IMAGE, true);
+            configuration.drive(ROOT, IMAGE, true);
         }
         for device in &vm.devices {
             let address = configuration.device(device, run_dir)?;
             configuration.devices.push(GuestDevice { id: device.id.clone(), address, ..Default::default() });
         }
-        for spare in disks::spares(options) {
+        configuration.spares = disks::spares(options, places(vm), vm.spare_disks as usize)?;
+        for spare in configuration.spares.clone() {
             configuration.drive(&spare.id, &layout::in_run(layout::EMPTY), !spare.writable);
         }
         Ok(configuration)
@@ -76,6 +78,11 @@ impl Configuration {
     fn device(&mut self, device: &Device, run_dir: &Path) -> Result<String> {
         let id = device.id.as_str();
         match request::kind(device)? {
+            Kind::Block(_) if disks::is_reserved(&iface(id)) => {
+                return Err(Error::Invalid(format!(
+                    "a disk cannot be called \"{id}\": Firecracker's root disk and spare disks are called so"
+                )));
+            }
             Kind::Block(block) => {
                 self.drive(id, &layout::disk(id), block.read_only);
                 return serial(block);
@@ -186,6 +193,12 @@ pub fn memory_to_add(vm: &VmConfig) -> Option<u64> {
     (more > 0).then_some(more)
 }
 
+/// How many places on its bus `vm` needs for what it is born with.
+fn places(vm: &VmConfig) -> usize {
+    let devices = vm.devices.iter().filter(|device| !matches!(device.kind, Some(Kind::Console(_))));
+    devices.count() + usize::from(!vm.image.is_empty()) + usize::from(memory_to_add(vm).is_some())
+}
+
 /// The guest kernel's command line; what `vm` asks for comes last and wins.
 fn kernel_params(vm: &VmConfig, options: &Options) -> String {
     let mut params = vec![ALWAYS];
@@ -236,6 +249,32 @@ mod tests {
         assert!(kernel_params(&vm, &Options::default()).ends_with(" pci=off root=/dev/vda ro quiet"));
         let calls = of(&vm).unwrap().calls;
         assert_eq!(calls.iter().find(|(path, _)| path.starts_with("/drives/")).unwrap().0, "/drives/image");
+    }
+
+    #[test]
+    fn a_disk_does_not_take_the_place_of_another() {
+        for id in ["image", "spare-ro-0"] {
+            let refusal = of(&with(vec![(id, Kind::Block(Block::default()))])).unwrap_err().to_string();
+            assert!(refusal.starts_with(&format!("a disk cannot be called \"{id}\": ")), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn a_pod_of_one_container_has_no_spare_disks() {
+        let drives = |spare_disks| {
+            let vm = VmConfig { spare_disks, ..with(Vec::new()) };
+            of(&vm).unwrap().calls.iter().filter(|(path, _)| path.starts_with("/drives/spare_")).count()
+        };
+        assert_eq!((drives(0), drives(10)), (0, 10));
+    }
+
+    #[test]
+    fn every_device_but_the_console_needs_a_place() {
+        let vsock = || Kind::Vsock(Vsock { socket: "/s".into(), ..Default::default() });
+        let console = Kind::Console(caisson_protocol::vmm::Console::default());
+        let vm = with(vec![("vsock", vsock()), ("console", console)]);
+        assert_eq!(places(&vm), 1);
+        assert_eq!(places(&VmConfig { max_memory_mib: 512, image: "/image".into(), ..vm }), 3);
     }
 
     #[test]

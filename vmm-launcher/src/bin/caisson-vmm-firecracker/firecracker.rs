@@ -2,7 +2,6 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::Stdio,
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering},
@@ -26,7 +25,8 @@ use caisson_vmm_launcher::{
     outlive::{Lifetime, Memory, connect},
     process::{Ended, Process, Streams, lasting_pipe, reopen},
     request,
-    size::Sizes,
+    size::{Size, Sizes},
+    snapshot,
     vm::exit,
 };
 use rustix::pipe::fcntl_setpipe_size;
@@ -38,20 +38,17 @@ use tracing::{debug, info};
 use crate::{
     api::{Api, SnapshotFiles},
     configuration::{self, Configuration, iface},
-    disks::{Disks, Spares, spares},
+    disks::{Disks, Spare, Spares},
     layout::{self, API, LOG, METRICS, RunDir, SNAPSHOT},
     log::Log,
     metrics::Counters,
     options::{DOCS, NEEDS, Options},
     probe,
-    stdin::Input,
     version::{self, Version, WITH_BZIMAGE},
 };
 
 /// Firecracker is ready in some milliseconds, unless the host is very busy.
 const START_DEADLINE: Duration = Duration::from_secs(30);
-/// How much later than it refuses something Firecracker may end because of that.
-const END_AFTER_REFUSAL: Duration = Duration::from_millis(100);
 /// `MAX_SUPPORTED_VCPUS`.
 const MAX_VCPUS: u32 = 32;
 /// What the guest may write while nobody reads it.
@@ -79,10 +76,10 @@ pub struct Firecracker {
     log: Log,
     counters: Counters,
     spares: Spares,
-    sizes: Mutex<Sizes>,
+    sizes: Sizes,
     booted: AtomicBool,
     /// What lives as long as Firecracker does.
-    held: Mutex<Option<(RunDir, Option<Input>)>>,
+    held: Mutex<Option<RunDir>>,
     run_dir: PathBuf,
     console_log: Option<PathBuf>,
 }
@@ -124,7 +121,7 @@ impl Hypervisor for Firecracker {
         let run_dir = Path::new(&request.run_dir);
         let configuration = Configuration::of(vm, &options, run_dir)?;
         let format = kernel::format(Path::new(&vm.kernel))?;
-        let firecracker = start(request, vm, &options, audience, Jail::default()).await?;
+        let firecracker = start(request, vm, &options, audience, Jail::default(), configuration.spares).await?;
         let configured = async {
             check_kernel(&vm.kernel, format, &firecracker.api).await?;
             firecracker.api.configure(&configuration.calls).await
@@ -143,17 +140,22 @@ impl Hypervisor for Firecracker {
         let vm = request::check(&as_new, MAX_VCPUS)?;
         let options: Options = parse(&request.options)?;
         let run_dir = Path::new(&request.run_dir);
-        let devices = Configuration::of(vm, &options, run_dir)?.devices;
+        let configuration = Configuration::of(vm, &options, run_dir)?;
         let mut jail = Jail::default();
         jail.show(&request.directory, SNAPSHOT, false);
-        let firecracker = start(&as_new, vm, &options, audience, jail).await?;
-        let loaded = firecracker.api.load_snapshot(&snapshot_files(), &taps(vm)).await;
+        let firecracker = start(&as_new, vm, &options, audience, jail, configuration.spares).await?;
+        let loaded = async {
+            firecracker.api.load_snapshot(&snapshot_files(), &taps(vm)).await?;
+            // It may be saved again, there.
+            jail::hide(firecracker.process.pid(), Path::new(SNAPSHOT)).await
+        };
+        let loaded = loaded.await;
         firecracker.booted.store(true, Ordering::Relaxed);
-        firecracker.made(loaded, devices).await
+        firecracker.made(loaded, configuration.devices).await
     }
 
     async fn boot(&self) -> Result<()> {
-        self.api.start().await?;
+        self.explained(self.api.start().await).await?;
         self.booted.store(true, Ordering::Relaxed);
         Ok(())
     }
@@ -163,11 +165,11 @@ impl Hypervisor for Firecracker {
     }
 
     async fn pause(&self) -> Result<()> {
-        self.api.pause().await
+        self.explained(self.api.pause().await).await
     }
 
     async fn resume(&self) -> Result<()> {
-        self.api.resume().await
+        self.explained(self.api.resume().await).await
     }
 
     async fn attach(&self, device: &Device) -> Result<GuestDevice> {
@@ -176,7 +178,8 @@ impl Hypervisor for Firecracker {
                 if !self.booted.load(Ordering::Relaxed) {
                     return Err(Error::Invalid("Firecracker takes no disks between its creation and its boot".into()));
                 }
-                self.spares.attach(&device.id, block, self.process.pid(), &self.api).await?;
+                let attached = self.spares.attach(&device.id, block, self.process.pid(), &self.api).await;
+                self.explained(attached).await?;
                 Ok(GuestDevice { id: device.id.clone(), address: configuration::serial(block)?, ..Default::default() })
             }
             other => {
@@ -187,35 +190,42 @@ impl Hypervisor for Firecracker {
     }
 
     async fn detach(&self, id: &str) -> Result<()> {
-        self.spares.detach(id, self.process.pid(), &self.api).await
+        self.explained(self.spares.detach(id, self.process.pid(), &self.api).await).await
     }
 
     async fn snapshot(&self, request: &SnapshotRequest) -> Result<()> {
+        snapshot::check(self.api.state().await?, &request.directory)?;
         if self.spares.any_attached() {
             return Err(Error::Invalid("detach every disk that was attached before you make a snapshot".into()));
         }
+        if self.api.has_huge_pages().await? {
+            return Err(Error::Unsupported(
+                "a VM of huge pages cannot be saved: Firecracker loads no snapshot of one; make it without huge pages"
+                    .into(),
+            ));
+        }
         let pid = self.process.pid();
         jail::show(pid, Path::new(&request.directory), Path::new(SNAPSHOT), true).await?;
-        let made = self.api.create_snapshot(&snapshot_files()).await;
+        let made = self.explained(self.api.create_snapshot(&snapshot_files()).await).await;
         let hidden = jail::hide(pid, Path::new(SNAPSHOT)).await;
         made.and(hidden)
     }
 
+    /// It does not tell when the guest has come so far: the answer is how far it is now.
     async fn resize_memory(&self, request: &ResizeMemoryRequest) -> Result<u64> {
-        let wanted_mib = request.memory_mib;
-        let sizes = self.sizes();
-        sizes.can_have_memory(wanted_mib)?;
-        if sizes.most != sizes.first {
-            self.api.request_memory(wanted_mib - sizes.first.memory_mib).await?;
+        let sizes = self.sizes;
+        sizes.can_have_memory(request.memory_mib)?;
+        if can_grow(&sizes) {
+            let added_mib = request.memory_mib - sizes.first.memory_mib;
+            self.explained(self.api.request_memory(added_mib).await).await?;
         }
-        self.sizes.lock().expect("nobody panics with the sizes").now.memory_mib = wanted_mib;
-        Ok(wanted_mib)
+        self.memory_mib().await
     }
 
-    /// It does not tell when the guest has come so far: the answer is how far it is now.
+    /// As [`Self::resize_memory`].
     async fn resize_balloon(&self, request: &ResizeBalloonRequest) -> Result<u64> {
-        self.sizes().can_give(request.memory_mib)?;
-        self.api.resize_balloon(request.memory_mib).await?;
+        self.sizes.can_give(request.memory_mib)?;
+        self.explained(self.api.resize_balloon(request.memory_mib).await).await?;
         self.api.balloon_mib().await
     }
 
@@ -241,9 +251,9 @@ impl Hypervisor for Firecracker {
     }
 
     fn remember(&self) -> Result<Memory> {
-        let own = Own { run_dir: self.run_dir.clone(), disks: self.spares.disks(), sizes: self.sizes() };
+        let own = Own { run_dir: self.run_dir.clone(), disks: self.spares.disks(), sizes: self.sizes };
         Ok(Memory {
-            process: self.process.known()?,
+            process: self.process.known(),
             console_log: self.console_log.clone(),
             own: serde_json::to_value(own).expect("paths of requests are UTF-8"),
         })
@@ -257,11 +267,7 @@ impl Hypervisor for Firecracker {
         let output = reopen(process.pid(), STDOUT).map_err(Error::host("listen to the guest's console"))?;
         let console = Console::adopt_pipe(output, memory.console_log.as_deref())?;
         let api = Api::over(connect(&memory.process, &files.path(API)).await?).await?;
-        let state = match api.state().await?.as_str() {
-            "Not started" => VmState::CREATED,
-            "Paused" => VmState::PAUSED,
-            _ => VmState::RUNNING,
-        };
+        let state = api.state().await?;
         let hypervisor = Self {
             process,
             api,
@@ -269,9 +275,9 @@ impl Hypervisor for Firecracker {
             log,
             counters,
             spares: Spares::adopt(own.disks),
-            sizes: Mutex::new(own.sizes),
+            sizes: own.sizes,
             booted: AtomicBool::new(state != VmState::CREATED),
-            held: Mutex::new(Some((files, None))),
+            held: Mutex::new(Some(files)),
             run_dir: own.run_dir,
             console_log: memory.console_log,
         };
@@ -280,7 +286,7 @@ impl Hypervisor for Firecracker {
 
     async fn metrics(&self) -> Result<String> {
         let mut known = metrics::Metrics::default();
-        known.size(self.sizes().now);
+        known.size(Size { memory_mib: self.memory_mib().await?, ..self.sizes.first });
         let counted = match self.booted.load(Ordering::Relaxed) {
             true => self.counters.text(&self.api).await?,
             false => String::new(),
@@ -296,6 +302,7 @@ async fn start(
     options: &Options,
     audience: Audience,
     mut jail: Jail,
+    spares: Vec<Spare>,
 ) -> Result<Firecracker> {
     let started = Instant::now();
     let run_dir = Path::new(&request.run_dir);
@@ -305,23 +312,11 @@ async fn start(
     let lifetime = Lifetime::of(request)?;
     jail.let_live(&lifetime);
     let console_log = console::log_of(&vm.devices);
-    let (console, output) = match lifetime.is_longer() {
-        // Another launcher finds it by Firecracker's own descriptor.
-        true => {
-            let (near, far) = lasting_pipe().map_err(Error::host("make a pipe for the console"))?;
-            // Firecracker loses what does not fit. A smaller one is no reason to have no VM.
-            let _ = fcntl_setpipe_size(&far, CONSOLE_BYTES);
-            (Console::over_pipe(near, console_log)?, far)
-        }
-        false => Console::open(console_log, audience)?,
-    };
-    let (input, stdin) = match audience {
-        Audience::Nobody => (None, Stdio::null()),
-        Audience::Terminal => {
-            let (input, stdin) = Input::carry(&output).map_err(Error::host("make a pipe for the guest's input"))?;
-            (Some(input), stdin.into())
-        }
-    };
+    // Another launcher finds it by Firecracker's own descriptor.
+    let (near, output) = lasting_pipe().map_err(Error::host("make a pipe for the console"))?;
+    // Firecracker loses what does not fit. A smaller one is no reason to have no VM.
+    let _ = fcntl_setpipe_size(&output, CONSOLE_BYTES);
+    let (console, stdin) = Console::over_pipe(near, console_log, audience)?;
     configuration::show(vm, run_dir, &mut jail);
     let mut arguments = vec!["--api-sock".into(), layout::in_run(API), "--log-path".into(), layout::in_run(LOG)];
     arguments.extend(["--metrics-path".into(), layout::in_run(METRICS)]);
@@ -346,7 +341,7 @@ async fn start(
     let stream = connected.map_err(|_| {
         let (pid, seconds) = (process.pid(), START_DEADLINE.as_secs());
         Error::Hypervisor(format!("Firecracker (pid {pid}) did not answer within {seconds} s of its start"))
-    })?;
+    })??;
     let api = Api::over(stream).await?;
     // From here on only what goes wrong is of interest.
     api.log_warnings_only().await?;
@@ -358,10 +353,10 @@ async fn start(
         console,
         log,
         counters,
-        spares: Spares::new(spares(options)),
-        sizes: Mutex::new(Sizes::of(vm)),
+        spares: Spares::new(spares, vm.devices.iter().map(|device| device.id.clone()).collect()),
+        sizes: Sizes::of(vm),
         booted: AtomicBool::new(false),
-        held: Mutex::new(Some((files, input))),
+        held: Mutex::new(Some(files)),
         run_dir: run_dir.to_owned(),
         console_log: console_log.map(Path::to_owned),
     })
@@ -370,11 +365,9 @@ async fn start(
 impl Firecracker {
     /// Itself when it is as it should be; else it ends first.
     async fn made(self, done: Result<()>, devices: Vec<GuestDevice>) -> Result<Created<Self>> {
-        let Err(refusal) = done else { return Ok(Created { hypervisor: self, devices }) };
-        // Some failures end Firecracker, and then its log says more.
-        match timeout(END_AFTER_REFUSAL, self.process.ended()).await {
-            Ok(ended) => Err(Error::Hypervisor(format!("{refusal}: {}", self.describe(&ended)))),
-            Err(_) => {
+        match self.explained(done).await {
+            Ok(()) => Ok(Created { hypervisor: self, devices }),
+            Err(refusal) => {
                 self.process.kill();
                 self.process.ended().await;
                 Err(refusal)
@@ -382,8 +375,21 @@ impl Firecracker {
         }
     }
 
-    fn sizes(&self) -> Sizes {
-        *self.sizes.lock().expect("nobody panics with the sizes")
+    /// `done`, and Firecracker's last words when it has ended instead.
+    async fn explained<T>(&self, done: Result<T>) -> Result<T> {
+        match done {
+            Err(refusal) => Err(self.process.last_words(refusal, |ended| self.describe(ended)).await),
+            done => done,
+        }
+    }
+
+    /// What the guest has, as far as it has taken it.
+    async fn memory_mib(&self) -> Result<u64> {
+        let added = match can_grow(&self.sizes) && self.booted.load(Ordering::Relaxed) {
+            true => self.api.added_memory_mib().await?,
+            false => 0,
+        };
+        Ok(self.sizes.first.memory_mib + added)
     }
 
     fn explain(&self, ended: &Ended) -> (ExitReason, String) {
@@ -399,6 +405,10 @@ impl Firecracker {
     fn describe(&self, ended: &Ended) -> String {
         describe_end(&self.process, ended, &self.log)
     }
+}
+
+fn can_grow(sizes: &Sizes) -> bool {
+    sizes.most.memory_mib > sizes.first.memory_mib
 }
 
 /// With the end of Firecracker's log, which has what its standard error has not.

@@ -1,6 +1,7 @@
 //! What Firecracker logs, and by that the first sign that its API can be used: it says so.
 
 use std::{
+    io::ErrorKind,
     path::Path,
     sync::{Arc, Mutex},
 };
@@ -50,11 +51,15 @@ impl Log {
 
     /// Answers with a connection to Firecracker's API as soon as there can be one. Whoever calls watches Firecracker's
     /// process, and has a deadline.
-    pub async fn connect(&self, socket: &Path) -> UnixStream {
+    ///
+    /// # Errors
+    /// When there never can be one.
+    pub async fn connect(&self, socket: &Path) -> Result<UnixStream> {
         let mut grown = self.grown.clone();
         loop {
-            if let Ok(stream) = UnixStream::connect(socket).await {
-                return stream;
+            match UnixStream::connect(socket).await {
+                Err(error) if [ErrorKind::NotFound, ErrorKind::ConnectionRefused].contains(&error.kind()) => {}
+                connected => return connected.map_err(Error::host(format!("connect to {}", socket.display()))),
             }
             // "Listening on API socket" is what it says when it does. The other end is never dropped.
             let _ = grown.changed().await;
@@ -75,5 +80,39 @@ impl Log {
 impl Drop for Log {
     fn drop(&mut self) {
         self.reader.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use caisson_vmm_launcher::process::lasting_pipe;
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_is_waited_for_until_the_log_grows() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("firecracker.sock");
+        let (near, far) = lasting_pipe().unwrap();
+        let log = Log::over(near);
+        let listens = async {
+            let _listener = UnixListener::bind(&socket).unwrap();
+            std::io::Write::write_all(&mut std::fs::File::from(far), b"Listening on API socket\n").unwrap();
+            std::future::pending::<()>().await
+        };
+        tokio::select! {
+            biased;
+            connected = log.connect(&socket) => drop(connected.unwrap()),
+            () = listens => {}
+        }
+    }
+
+    #[tokio::test]
+    async fn what_can_never_be_connected_to_is_told() {
+        let (near, _far) = lasting_pipe().unwrap();
+        let socket = Path::new("/etc/passwd/firecracker.sock");
+        let error = Log::over(near).connect(socket).await.unwrap_err().to_string();
+        assert_eq!(error, "connect to /etc/passwd/firecracker.sock");
     }
 }

@@ -12,7 +12,6 @@ mod log;
 mod metrics;
 mod options;
 mod probe;
-mod stdin;
 mod version;
 
 use std::process::ExitCode;

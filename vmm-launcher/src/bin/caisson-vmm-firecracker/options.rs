@@ -7,7 +7,7 @@ use caisson_vmm_launcher::{
 use serde::{Deserialize, Serialize};
 
 /// The `[hypervisor.firecracker]` table's own keys.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Options {
     pub block_device_driver: BlockDriver,
@@ -15,22 +15,6 @@ pub struct Options {
     pub spare_writable_disks: u8,
     pub pci: bool,
     pub extra_args: Vec<String>,
-}
-
-/// With image, network, vsock, entropy and balloon there is room for 17 devices on x86-64's MMIO.
-const SPARE_READ_ONLY_DISKS: u8 = 8;
-const SPARE_WRITABLE_DISKS: u8 = 2;
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            block_device_driver: BlockDriver::default(),
-            spare_read_only_disks: SPARE_READ_ONLY_DISKS,
-            spare_writable_disks: SPARE_WRITABLE_DISKS,
-            pci: false,
-            extra_args: Vec::new(),
-        }
-    }
 }
 
 impl Options {
@@ -47,13 +31,15 @@ pub const DOCS: &[OptionDoc] = &[
         key: "spare_read_only_disks",
         kind: "integer",
         accepted: &["0", "255"],
-        doc: "How many read-only disks the guest can be given while it runs; each is an empty disk until then.",
+        doc: "How many read-only disks the guest can be given while it runs, at least; each is an empty disk until then. A \
+              pod that may have several containers is given more, for two of them, as far as there is room.",
     },
     OptionDoc {
         key: "spare_writable_disks",
         kind: "integer",
         accepted: &["0", "255"],
-        doc: "How many writable disks the guest can be given while it runs; each is an empty disk until then.",
+        doc: "How many writable disks the guest can be given while it runs, at least; each is an empty disk until then. A \
+              pod that may have several containers is given more, for two of them, as far as there is room.",
     },
     OptionDoc {
         key: "pci",

@@ -46,7 +46,7 @@ pub async fn ask(path: &Path, version: &str) -> Result<CapabilitiesResponse> {
     let process = Jail::default().start(path, &arguments, Vec::new(), streams)?;
     let socket = format!("/proc/{}/root{SOCKET}", process.pid());
     let asked = async {
-        let api = Api::over(log.connect(Path::new(&socket)).await).await?;
+        let api = Api::over(log.connect(Path::new(&socket)).await?).await?;
         abilities(&api, version).await
     };
     ask::answer(process, asked).await

@@ -44,8 +44,8 @@ impl Helpers {
     /// When one has ended.
     pub fn known(&self, lifetime: &Lifetime) -> Result<KnownHelpers> {
         Ok(KnownHelpers {
-            file_servers: self.file_servers.known(lifetime)?,
-            vsock: self.vsock.as_ref().map(VsockServer::known).transpose()?.flatten(),
+            file_servers: self.file_servers.known(lifetime),
+            vsock: self.vsock.as_ref().and_then(VsockServer::known),
         })
     }
 

@@ -227,7 +227,7 @@ impl Hypervisor for StratoVirt {
         let booted = self.booted.load(Ordering::Relaxed);
         let own = Own { constant: self.constant.clone(), slots: self.slots.names(), booted };
         Ok(Memory {
-            process: self.process.known()?,
+            process: self.process.known(),
             console_log: self.constant.console_log.clone(),
             own: serde_json::to_value(own).expect("paths of requests are UTF-8"),
         })
@@ -368,7 +368,7 @@ impl<'a> Plan<'a> {
                     protocol,
                     serial,
                     sockets: self.sockets.0.clone(),
-                    file_servers: self.file_servers.known(&self.lifetime)?,
+                    file_servers: self.file_servers.known(&self.lifetime),
                 };
                 let sockets = Mutex::new(self.lifetime.is_longer().then_some(self.sockets));
                 let (file_servers, slots, booted) = (self.file_servers, self.slots, AtomicBool::new(false));

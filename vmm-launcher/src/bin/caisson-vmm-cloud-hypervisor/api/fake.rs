@@ -33,8 +33,11 @@ pub struct Fake {
     max_vcpus: u64,
     memory: u64,
     hotplug_memory: u64,
+    /// What was added: its guest takes it at once.
+    hotplugged: u64,
     /// What it holds: its guest gives at once.
     balloon: Option<u64>,
+    landlock: bool,
     shared_memory: bool,
     /// A request that it has not yet.
     without: Option<&'static str>,
@@ -148,13 +151,9 @@ impl Fake {
             }
             ("PUT", "vm.remove-device", Some(body)) => {
                 let remove: Remove = read(body)?;
-                self.alive()?;
                 if self.devices.remove(&remove.id) { Ok(None) } else { Err("unknown device id") }
             }
-            ("GET", "vm.info", None) => self.alive().map(|()| {
-                let left = self.memory - self.balloon.unwrap_or_default();
-                Some(json!({ "config": { "memory": { "size": self.memory } }, "memory_actual_size": left }))
-            }),
+            ("GET", "vm.info", None) => self.info(),
             ("GET", "vm.counters", None) => self.alive().map(|()| Some(json!({ "root": { "read_bytes": 512 } }))),
             ("PUT" | "GET", known, _) if PUTS.contains(&known) => Err(BAD_REQUEST),
             _ => Err(NOT_FOUND),
@@ -188,6 +187,7 @@ impl Fake {
         self.balloon = config.balloon.map(|balloon| balloon.size);
         self.hotplug_memory = config.memory.hotplug_size.unwrap_or_default();
         self.shared_memory = config.memory.shared;
+        self.landlock = config.landlock_enable;
         self.vm = Vm::Configured;
         Ok(None)
     }
@@ -201,10 +201,29 @@ impl Fake {
         if resize.desired_ram.is_some_and(|ram| !(self.memory..=most).contains(&ram)) {
             return Err("Invalid resize request");
         }
+        if let Some(wanted) = resize.desired_ram {
+            self.hotplugged = wanted - self.memory;
+        }
         if let Some(wanted) = resize.desired_balloon {
             *self.balloon.as_mut().ok_or("Missing balloon")? = wanted;
         }
         Ok(None)
+    }
+
+    fn info(&self) -> Done {
+        let state = match self.vm {
+            Vm::None => return Err("VM is not created"),
+            Vm::Configured => "Created",
+            Vm::Running => "Running",
+            Vm::Paused => "Paused",
+        };
+        let memory = json!({
+            "size": self.memory, "hotplug_size": self.hotplug_memory, "hotplugged_size": self.hotplugged,
+        });
+        let balloon = self.balloon.map(|size| json!({ "size": size }));
+        let config = json!({ "memory": memory, "balloon": balloon, "landlock_enable": self.landlock });
+        let has = self.memory - self.balloon.unwrap_or_default() + self.hotplugged;
+        Ok(Some(json!({ "config": config, "state": state, "memory_actual_size": has })))
     }
 
     fn add_net(&mut self, net: Net, descriptors: usize) -> Done {

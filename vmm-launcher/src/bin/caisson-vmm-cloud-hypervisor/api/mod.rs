@@ -1,7 +1,7 @@
 //! Cloud Hypervisor's API: one method for each thing that is asked of it.
 
 #[cfg(test)]
-mod fake;
+pub mod fake;
 #[cfg(test)]
 mod tests;
 
@@ -10,10 +10,8 @@ use std::{
     time::Duration,
 };
 
-use caisson_vmm_launcher::{
-    Error, Result,
-    http_api::{DEADLINE, HttpApi},
-};
+use caisson_protocol::vmm::VmState;
+use caisson_vmm_launcher::{Error, Result, http_api::HttpApi};
 use hyper::Method;
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
@@ -41,7 +39,7 @@ impl Api {
     /// # Errors
     /// When the connection has ended already.
     pub async fn over(stream: UnixStream) -> Result<Self> {
-        HttpApi::over("Cloud Hypervisor", stream).await.map(Self)
+        HttpApi::over("Cloud Hypervisor", "/api/v1/", stream).await.map(Self)
     }
 
     /// On `connection`, the launcher's end of a socket that Cloud Hypervisor need not have taken yet.
@@ -56,7 +54,7 @@ impl Api {
 
     /// Whether it has the request `what`, which is a `PUT`: it is asked to `GET` it, of which nothing comes.
     pub async fn has(&self, what: &str) -> Result<bool> {
-        match self.request(Method::GET, what, None, DEADLINE).await {
+        match self.0.get(what).await {
             Err(Error::Hypervisor(words)) if words.contains(UNKNOWN) => Ok(false),
             Err(Error::Hypervisor(words)) if words.contains(NOT_SO) => Ok(true),
             Err(error) => Err(error),
@@ -66,13 +64,13 @@ impl Api {
 
     /// Waits until it answers; its version.
     pub async fn ping(&self) -> Result<String> {
-        let ping = self.request(Method::GET, "vmm.ping", None, START_DEADLINE).await?;
+        let ping = self.0.request(Method::GET, "vmm.ping", None, START_DEADLINE).await?;
         Ok(ping["version"].as_str().unwrap_or_default().to_owned())
     }
 
     /// Tells it what the VM consists of.
     pub async fn create(&self, configuration: &Value) -> Result<()> {
-        self.put("vm.create", configuration).await
+        self.0.put("vm.create", configuration).await.map(drop)
     }
 
     /// Makes the VM that a snapshot in `directory` holds, paused; the directory as Cloud Hypervisor sees it. `cards` are
@@ -83,56 +81,65 @@ impl Api {
             body["net_fds"] = cards.iter().map(|(id, taps)| json!({ "id": id, "num_fds": taps.len() })).collect();
         }
         let taps = cards.into_iter().flat_map(|(_, taps)| taps).collect();
-        self.request_with(Method::PUT, "vm.restore", Some(&body), taps, SNAPSHOT_DEADLINE).await.map(drop)
+        self.0.request_with(Method::PUT, "vm.restore", Some(&body), taps, SNAPSHOT_DEADLINE).await.map(drop)
     }
 
     /// Starts the guest.
     pub async fn boot(&self) -> Result<()> {
-        self.request(Method::PUT, "vm.boot", None, BOOT_DEADLINE).await.map(drop)
+        self.0.request(Method::PUT, "vm.boot", None, BOOT_DEADLINE).await.map(drop)
     }
 
     /// Presses the button by which the guest is asked to end.
     pub async fn press_power_button(&self) -> Result<()> {
-        self.act("vm.power-button").await
+        self.0.act("vm.power-button").await.map(drop)
     }
 
     /// Stops the vCPUs.
     pub async fn pause(&self) -> Result<()> {
-        self.act("vm.pause").await
+        self.0.act("vm.pause").await.map(drop)
     }
 
     /// Lets stopped vCPUs run.
     pub async fn resume(&self) -> Result<()> {
-        self.act("vm.resume").await
+        self.0.act("vm.resume").await.map(drop)
     }
 
     /// Writes a paused guest to `directory`, as Cloud Hypervisor sees it.
     pub async fn snapshot(&self, directory: &str) -> Result<()> {
         let body = json!({ "destination_url": format!("file://{directory}") });
-        self.request(Method::PUT, "vm.snapshot", Some(&body), SNAPSHOT_DEADLINE).await.map(drop)
+        self.0.request(Method::PUT, "vm.snapshot", Some(&body), SNAPSHOT_DEADLINE).await.map(drop)
     }
 
     /// Gives the guest `vcpus` vCPUs.
     pub async fn resize_vcpus(&self, vcpus: u32) -> Result<()> {
-        self.put("vm.resize", &json!({ "desired_vcpus": vcpus })).await
+        self.0.put("vm.resize", &json!({ "desired_vcpus": vcpus })).await.map(drop)
     }
 
     /// Gives the guest `mib` of memory.
     pub async fn resize_memory(&self, mib: u64) -> Result<()> {
-        self.put("vm.resize", &json!({ "desired_ram": mib << 20 })).await
+        self.0.put("vm.resize", &json!({ "desired_ram": mib << 20 })).await.map(drop)
     }
 
-    /// Has the guest of a VM with a balloon give `mib` of memory to it.
-    pub async fn resize_balloon(&self, mib: u64) -> Result<()> {
-        self.put("vm.resize", &json!({ "desired_balloon": mib << 20 })).await
-    }
-
-    /// In MiB: what the balloon holds: how much less the guest has than it was given.
-    pub async fn balloon_mib(&self) -> Result<u64> {
+    /// In MiB: how much memory the guest has, with what its balloon is to hold of it.
+    pub async fn memory_mib(&self) -> Result<u64> {
         let info = self.info().await?;
-        let held = info["config"]["memory"]["size"].as_u64().zip(info["memory_actual_size"].as_u64());
-        let held = held.and_then(|(given, has)| given.checked_sub(has)).map(|bytes| bytes >> 20);
-        held.ok_or_else(|| Error::Hypervisor("Cloud Hypervisor does not say what the balloon holds".into()))
+        let memory = &info["config"]["memory"];
+        let most = bytes(&memory["size"]) + bytes(&memory["hotplug_size"]);
+        let has = bytes(&info["memory_actual_size"]) + bytes(&info["config"]["balloon"]["size"]);
+        Ok(has.min(most) >> 20)
+    }
+
+    /// Has the guest of a VM with a balloon give `mib` of memory to it. Answers how much the balloon holds, in MiB: how much
+    /// less the guest has than it was given. What it was given and has not taken yet is not the balloon's, which holds no
+    /// more than it was to hold.
+    pub async fn resize_balloon(&self, mib: u64) -> Result<u64> {
+        let before = bytes(&self.info().await?["config"]["balloon"]["size"]);
+        let wanted = mib << 20;
+        self.0.put("vm.resize", &json!({ "desired_balloon": wanted })).await?;
+        let info = self.info().await?;
+        let memory = &info["config"]["memory"];
+        let given = bytes(&memory["size"]) + bytes(&memory["hotplugged_size"]);
+        Ok(given.saturating_sub(bytes(&info["memory_actual_size"])).min(before.max(wanted)) >> 20)
     }
 
     /// Adds a device to the list of the configuration that it belongs to. A network card comes with its open `taps`.
@@ -144,49 +151,40 @@ impl Api {
             kind => kind,
         };
         let what = format!("vm.add-{kind}");
-        let added = self.request_with(Method::PUT, &what, Some(device), taps, ADD_DEADLINE).await?;
+        let added = self.0.request_with(Method::PUT, &what, Some(device), taps, ADD_DEADLINE).await?;
         Ok(added["bdf"].as_str().map(str::to_owned))
     }
 
     /// Asks the guest to let go of a device; an event tells when it has.
     pub async fn remove_device(&self, id: &str) -> Result<()> {
-        self.put("vm.remove-device", &json!({ "id": id })).await
+        self.0.put("vm.remove-device", &json!({ "id": id })).await.map(drop)
     }
 
-    /// What the VM does: `Created`, `Running`, `Paused` or `Shutdown`.
-    pub async fn state(&self) -> Result<String> {
-        Ok(self.info().await?["state"].as_str().unwrap_or_default().to_owned())
+    /// What the VM does: created, running or paused.
+    pub async fn state(&self) -> Result<VmState> {
+        Ok(match self.info().await?["state"].as_str() {
+            Some("Created") => VmState::CREATED,
+            Some("Paused") => VmState::PAUSED,
+            _ => VmState::RUNNING,
+        })
+    }
+
+    /// Whether Landlock confines it to its VM's files. One that is too old for that takes the order and does nothing.
+    pub async fn is_confined(&self) -> Result<bool> {
+        Ok(self.info().await?["config"]["landlock_enable"] == true)
     }
 
     async fn info(&self) -> Result<Value> {
-        self.request(Method::GET, "vm.info", None, DEADLINE).await
+        self.0.get("vm.info").await
     }
 
     /// What each device has done, by its id.
     pub async fn counters(&self) -> Result<Value> {
-        self.request(Method::GET, "vm.counters", None, DEADLINE).await
+        self.0.get("vm.counters").await
     }
+}
 
-    async fn act(&self, what: &str) -> Result<()> {
-        self.request(Method::PUT, what, None, DEADLINE).await.map(drop)
-    }
-
-    async fn put(&self, what: &str, body: &Value) -> Result<()> {
-        self.request(Method::PUT, what, Some(body), DEADLINE).await.map(drop)
-    }
-
-    async fn request(&self, method: Method, what: &str, body: Option<&Value>, limit: Duration) -> Result<Value> {
-        self.request_with(method, what, body, Vec::new(), limit).await
-    }
-
-    async fn request_with(
-        &self,
-        method: Method,
-        what: &str,
-        body: Option<&Value>,
-        descriptors: Vec<OwnedFd>,
-        limit: Duration,
-    ) -> Result<Value> {
-        self.0.request_with(method, &format!("/api/v1/{what}"), body, descriptors, limit).await
-    }
+/// None where there is nothing.
+fn bytes(told: &Value) -> u64 {
+    told.as_u64().unwrap_or_default()
 }

@@ -3,7 +3,7 @@
 use std::{fs::File, os::fd::OwnedFd, path::Path};
 
 use caisson_protocol::vmm::{
-    Balloon, Block, CapabilitiesResponse, Device, Fs, Net, Pmem, Rng, Vfio, VmConfig, Vsock, device::Kind,
+    Balloon, Block, CapabilitiesResponse, Device, Fs, Net, Pmem, Rng, Vfio, VmConfig, VmState, Vsock, device::Kind,
 };
 
 use super::{Api, fake::Fake};
@@ -72,8 +72,8 @@ async fn a_vm_with_every_device_lives_through_everything() {
     api.remove_device("late").await.unwrap();
     api.resize_vcpus(4).await.unwrap();
     api.resize_memory(512).await.unwrap();
-    api.resize_balloon(64).await.unwrap();
-    assert_eq!(api.balloon_mib().await.unwrap(), 64);
+    assert_eq!(api.resize_balloon(64).await.unwrap(), 64);
+    assert_eq!(api.memory_mib().await.unwrap(), 512);
     assert_eq!(api.counters().await.unwrap()["root"]["read_bytes"], 512);
     api.pause().await.unwrap();
     api.snapshot("/snapshot").await.unwrap();
@@ -134,6 +134,27 @@ async fn a_running_guest_is_not_written() {
     let api = created(Vec::new()).await;
     api.boot().await.unwrap();
     assert!(api.snapshot("/snapshot").await.is_err());
+}
+
+#[tokio::test]
+async fn what_it_does_is_told_from_its_creation_on() {
+    let api = created(Vec::new()).await;
+    assert_eq!(api.state().await.unwrap(), VmState::CREATED);
+    assert_eq!(api.memory_mib().await.unwrap(), 256);
+    api.boot().await.unwrap();
+    assert_eq!(api.state().await.unwrap(), VmState::RUNNING);
+    api.pause().await.unwrap();
+    assert_eq!(api.state().await.unwrap(), VmState::PAUSED);
+}
+
+#[tokio::test]
+async fn landlock_is_in_force_where_it_was_asked_for() {
+    for landlock in [true, false] {
+        let api = api().await;
+        let configuration = Configuration::of(&vm(Vec::new()), &Options::default(), landlock, Path::new("/run/vm"));
+        api.create(&configuration.unwrap().body).await.unwrap();
+        assert_eq!(api.is_confined().await.unwrap(), landlock);
+    }
 }
 
 #[tokio::test]

@@ -35,7 +35,10 @@ pub struct Fake {
     pub guest: Guest,
     drives: HashSet<String>,
     has_kernel: bool,
+    huge_pages: Option<String>,
     hotplug_mib: Option<u64>,
+    /// Its guest takes at once what is added.
+    plugged_mib: u64,
     balloon: Option<Balloon>,
     /// Whether anything was said of the VM, after which no snapshot can be loaded.
     configured: bool,
@@ -54,7 +57,7 @@ macro_rules! body {
 
 body!(Action { action_type: String });
 body!(Logger { level: String });
-body!(Machine { vcpu_count: u8, mem_size_mib: usize });
+body!(Machine { vcpu_count: u8, mem_size_mib: usize, huge_pages: Option<String> });
 body!(Memory { total_size_mib: u64, slot_size_mib: u64 });
 body!(RequestedMemory { requested_size_mib: u64 });
 body!(Boot { kernel_image_path: String, boot_args: Option<String>, initrd_path: Option<String> });
@@ -102,6 +105,17 @@ impl Fake {
 
     fn tell(&self, path: &str) -> Result<Value, String> {
         match (path, self.balloon) {
+            ("/", _) => Ok(json!({ "state": match self.guest {
+                Guest::NotStarted => "Not started",
+                Guest::Running => "Running",
+                Guest::Paused => "Paused",
+            } })),
+            ("/machine-config", _) => Ok(json!({ "huge_pages": self.huge_pages.as_deref().unwrap_or("None") })),
+            ("/hotplug/memory", _) => {
+                self.started()?;
+                self.hotplug_mib.ok_or("Device not found")?;
+                Ok(json!({ "plugged_size_mib": self.plugged_mib }))
+            }
             ("/balloon/statistics", Some(Balloon { has_statistics: true, holds_mib })) => {
                 self.started().map(|()| json!({ "target_mib": holds_mib, "actual_mib": holds_mib }))
             }
@@ -147,7 +161,10 @@ impl Fake {
                 match self.hotplug_mib {
                     None => Err("Device not found".into()),
                     Some(most) if wanted > most => Err(format!("requested size {wanted} MiB is above {most} MiB")),
-                    Some(_) => Ok(()),
+                    Some(_) => {
+                        self.plugged_mib = wanted;
+                        Ok(())
+                    }
                 }
             }
             _ => Err(unknown(method, path)),
@@ -156,7 +173,7 @@ impl Fake {
 
     fn configure(&mut self, first: &str, rest: &str, body: Value, path: &str) -> Done {
         match (first, rest) {
-            ("machine-config", "") => read::<Machine>(body).map(drop)?,
+            ("machine-config", "") => self.huge_pages = read::<Machine>(body)?.huge_pages,
             ("hotplug", "memory") => {
                 let memory = read::<Memory>(body)?;
                 if memory.total_size_mib % memory.slot_size_mib != 0 {

@@ -7,6 +7,7 @@ mod tests;
 
 use std::time::Duration;
 
+use caisson_protocol::vmm::VmState;
 use caisson_vmm_launcher::{
     Error, Result,
     http_api::{DEADLINE, HttpApi},
@@ -37,7 +38,7 @@ impl Api {
     /// # Errors
     /// When the connection has ended already.
     pub async fn over(stream: UnixStream) -> Result<Self> {
-        HttpApi::over("Firecracker", stream).await.map(Self)
+        HttpApi::over("Firecracker", "", stream).await.map(Self)
     }
 
     /// Has it log only what goes wrong.
@@ -71,10 +72,18 @@ impl Api {
         Ok(told["firecracker_version"].as_str().unwrap_or_default().to_owned())
     }
 
-    /// What the guest does: `Not started`, `Running` or `Paused`.
-    pub async fn state(&self) -> Result<String> {
-        let told = self.0.get("/").await?;
-        Ok(told["state"].as_str().unwrap_or_default().to_owned())
+    /// What the VM does: created, running or paused.
+    pub async fn state(&self) -> Result<VmState> {
+        Ok(match self.0.get("/").await?["state"].as_str() {
+            Some("Not started") => VmState::CREATED,
+            Some("Paused") => VmState::PAUSED,
+            _ => VmState::RUNNING,
+        })
+    }
+
+    /// Whether the guest's memory is of huge pages.
+    pub async fn has_huge_pages(&self) -> Result<bool> {
+        Ok(self.0.get("/machine-config").await?["huge_pages"] == "2M")
     }
 
     /// Starts the guest.
@@ -110,6 +119,13 @@ impl Api {
     /// Gives a running guest `mib` of memory beyond what it started with.
     pub async fn request_memory(&self, mib: u64) -> Result<()> {
         self.patch("/hotplug/memory", &json!({ "requested_size_mib": mib })).await
+    }
+
+    /// In MiB: what of [`Self::request_memory`] a running guest has.
+    pub async fn added_memory_mib(&self) -> Result<u64> {
+        let told = self.0.get("/hotplug/memory").await?;
+        let unknown = || Error::Hypervisor(format!("Firecracker does not say what memory was added but {told}"));
+        told["plugged_size_mib"].as_u64().ok_or_else(unknown)
     }
 
     /// Has the guest of a VM with a balloon give `mib` of memory to it.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use caisson_protocol::vmm::{
-    Balloon, Block, CapabilitiesResponse, Device, Net, Pmem, Rng, VmConfig, Vsock, device::Kind,
+    Balloon, Block, CapabilitiesResponse, Device, Net, Pmem, Rng, VmConfig, VmState, Vsock, device::Kind,
 };
 
 use super::{Api, SnapshotFiles, fake::Fake};
@@ -33,6 +33,7 @@ fn vm() -> VmConfig {
         memory_mib: 256,
         max_memory_mib: 300,
         image: "/image".into(),
+        spare_disks: 10,
         devices: devices.map(device).to_vec(),
         ..Default::default()
     }
@@ -48,16 +49,26 @@ async fn configured(vm: &VmConfig) -> Api {
 #[tokio::test]
 async fn a_vm_with_every_device_lives_through_everything() {
     let api = configured(&vm()).await;
+    assert_eq!(api.state().await.unwrap(), VmState::CREATED);
     api.start().await.unwrap();
     api.flush_metrics().await.unwrap();
     api.request_memory(44).await.unwrap();
+    assert_eq!(api.added_memory_mib().await.unwrap(), 44);
     api.resize_balloon(64).await.unwrap();
     assert_eq!(api.balloon_mib().await.unwrap(), 64);
     api.change_drive("spare_ro_0", "/disks/late").await.unwrap();
+    assert_eq!(api.state().await.unwrap(), VmState::RUNNING);
     api.pause().await.unwrap();
+    assert_eq!(api.state().await.unwrap(), VmState::PAUSED);
     api.create_snapshot(&files()).await.unwrap();
     api.resume().await.unwrap();
     api.press_ctrl_alt_del().await.unwrap();
+}
+
+#[tokio::test]
+async fn whether_memory_is_of_huge_pages_is_told() {
+    assert!(!configured(&vm()).await.has_huge_pages().await.unwrap());
+    assert!(configured(&VmConfig { huge_pages: true, ..vm() }).await.has_huge_pages().await.unwrap());
 }
 
 #[tokio::test]

@@ -45,7 +45,7 @@ pub fn remember(qemu: &Qemu) -> Result<Memory> {
         helpers: qemu.known.clone(),
     };
     Ok(Memory {
-        process: qemu.process.known()?,
+        process: qemu.process.known(),
         console_log: qemu.console_log.clone(),
         own: serde_json::to_value(own).expect("paths of requests are UTF-8"),
     })
