@@ -190,7 +190,7 @@ impl Hypervisor for Acrn {
         self.console.drained().await;
         let (reason, detail) = match self.console.panic() {
             Some(words) => (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}")),
-            None if ended.well() => (ExitReason::GUEST_SHUTDOWN, "the guest powered off".to_owned()),
+            None if ended.well() => (ExitReason::GUEST_SHUTDOWN, "the guest ended itself".to_owned()),
             None => (ExitReason::HYPERVISOR_FAILED, self.process.describe(&ended)),
         };
         WaitResponse { console_tail: self.console.tail(), ..exit(reason, detail) }

@@ -7,8 +7,9 @@ use caisson_vmm_launcher::{Error, Result, kernel, kernel::KernelFormat};
 
 use crate::options::Options;
 
-/// The console is the serial port, a panic ends the guest at once, and only a panic and what the agent says is worth it.
-const KERNEL_PARAMS: &str = "console=ttyS0 quiet panic=-1 random.trust_cpu=on";
+/// The console is the serial port, a panic ends the guest at once, and only a panic and what the agent says is worth it. A
+/// triple fault ends the guest (hypervisor/arch/x86/guest/vm_reset.c), where its reset register would start it anew.
+const KERNEL_PARAMS: &str = "console=ttyS0 quiet panic=-1 reboot=t random.trust_cpu=on";
 /// `STR_LEN` in include/sw_load.h, with its terminating zero.
 const MAX_KERNEL_PARAMS: usize = 1023;
 /// What `vm_parse_memsize` accepts.
