@@ -191,7 +191,7 @@ impl Process {
     }
 
     /// The same child, called by the name of the program that it executes next.
-    pub(crate) fn becomes(self, program: &Path) -> Self {
+    pub fn becomes(self, program: &Path) -> Self {
         Self { program: program.to_owned(), ..self }
     }
 

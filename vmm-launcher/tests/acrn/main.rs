@@ -12,7 +12,7 @@ use caisson_protocol::{
     deadline, listen, no_deadline,
     status::{Code, Status},
     vmm::{
-        self, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, Net, Rng, VmConfig, Vsock,
+        self, Block, CapabilitiesResponse, CreateRequest, Device, ExitReason, GuestDevice, Net, Rng, VmConfig, Vsock,
         WaitResponse, device::Kind,
     },
     vmm_ttrpc::VmmClient,
@@ -112,6 +112,12 @@ impl Acrn {
         created
     }
 
+    /// A boot that fails.
+    async fn boot_refused(&self, request: &CreateRequest) -> Status {
+        self.create(request).await.unwrap();
+        self.try_boot().await.unwrap_err()
+    }
+
     async fn wait(&self) -> WaitResponse {
         timeout(LIMIT, self.client.wait(no_deadline(), &vmm::WaitRequest::new())).await.expect("it ends").unwrap()
     }
@@ -119,6 +125,13 @@ impl Acrn {
     async fn stop(&self) {
         let stop = vmm::StopRequest { grace_ms: 100, ..Default::default() };
         self.client.stop(deadline(LIMIT), &stop).await.unwrap();
+    }
+
+    async fn attach(&self, id: &str, path: &str) -> Result<String, Status> {
+        let block = Kind::Block(Block { path: path.into(), read_only: true, ..Default::default() });
+        let request = vmm::AttachRequest { device: Some(device(id, block)).into(), ..Default::default() };
+        let answer = self.client.attach(deadline(LIMIT), &request).await.map_err(Status::from)?;
+        Ok(answer.device.unwrap_or_default().address)
     }
 }
 
@@ -198,16 +211,62 @@ async fn what_acrn_dm_says_of_its_failure_is_told() {
     let _ = acrn.try_boot().await;
     let end = acrn.wait().await;
     assert_eq!(end.reason, ExitReason::HYPERVISOR_FAILED.into());
+    assert!(end.detail.starts_with(acrn_dm().to_str().unwrap()), "{}", end.detail);
     assert!(end.detail.ends_with("exited with status 1: vm_run: failed to run the guest"), "{}", end.detail);
 }
 
 #[tokio::test]
-async fn a_guest_is_stopped_by_force_and_leaves_no_process() {
+async fn a_guest_is_stopped_by_force_and_leaves_nothing() {
     let acrn = Acrn::start().await;
     let pid = acrn.boot(&acrn.request("nothing")).await.pid;
     acrn.stop().await;
     assert_eq!(acrn.wait().await.reason, ExitReason::STOPPED.into());
     assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    assert_eq!(fs::read_dir(acrn.run_dir()).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_vm_is_stopped_before_it_is_booted() {
+    let acrn = Acrn::start().await;
+    let pid = acrn.create(&acrn.request("nothing")).await.unwrap().pid;
+    acrn.stop().await;
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    assert_eq!(acrn.try_boot().await.unwrap_err().code, Code::FAILED_PRECONDITION);
+}
+
+#[tokio::test]
+async fn a_boot_that_waits_for_acrn_is_stopped() {
+    let acrn = Acrn::start().await;
+    acrn.create(&acrn.request("hang")).await.unwrap();
+    let (booted, ()) = tokio::join!(acrn.try_boot(), acrn.stop());
+    booted.unwrap_err();
+    assert_eq!(acrn.wait().await.reason, ExitReason::STOPPED.into());
+}
+
+#[tokio::test]
+async fn an_iasl_that_is_too_old_is_told_by_boot() {
+    let acrn = Acrn::start().await;
+    let options = acrn.options("20190102", "");
+    let error = acrn.boot_refused(&CreateRequest { options, ..acrn.request("nothing") }).await;
+    assert_eq!(error.code, Code::UNAVAILABLE);
+    assert!(error.message.contains("Please install iasl tool with version >= 20190703"), "{error}");
+}
+
+#[tokio::test]
+async fn what_an_earlier_acrn_dm_has_left_is_not_taken_for_the_new_ones() {
+    let acrn = Acrn::start().await;
+    fs::write(acrn.run_dir().join("acrn-dm.sock"), "").unwrap();
+    let options = acrn.options("20190102", "");
+    acrn.boot_refused(&CreateRequest { options, ..acrn.request("nothing") }).await;
+}
+
+#[tokio::test]
+async fn an_empty_initrd_is_told_by_boot() {
+    let acrn = Acrn::start().await;
+    let request = acrn.request("nothing");
+    let initrd = acrn.file("initrd", b"");
+    let error = acrn.boot_refused(&request).await;
+    assert!(error.message.ends_with(&format!("SW_LOAD: check_image failed for '{initrd}'")), "{error}");
 }
 
 #[tokio::test]
@@ -241,6 +300,49 @@ async fn a_guest_gets_the_kernels_vsock_or_none() {
         assert_eq!(error.code, Code::UNIMPLEMENTED);
         assert!(error.message.contains("load the module vhost_vsock"), "{error}");
     }
+}
+
+#[tokio::test]
+async fn a_disk_is_attached_to_an_empty_slot_once() {
+    let acrn = Acrn::start().await;
+    let disk = acrn.file("disk", &[0; 512]);
+    let options = acrn.options("20200925", "disk_slots = 1");
+    acrn.boot(&CreateRequest { options, ..acrn.request("nothing") }).await;
+    let missing = acrn.attach("missing", "/nonexistent/disk").await.unwrap_err();
+    assert_eq!(missing.code, Code::INVALID_ARGUMENT, "{missing}");
+    assert_eq!(acrn.attach("data", &disk).await.unwrap(), "pci:0000:00:03.0");
+    let full = acrn.attach("more", &disk).await.unwrap_err();
+    assert_eq!(full.code, Code::UNIMPLEMENTED);
+    assert!(full.to_string().contains("raise disk_slots"), "{full}");
+}
+
+#[tokio::test]
+async fn the_slot_of_a_refused_disk_is_used_again() {
+    let acrn = Acrn::start().await;
+    let (disk, odd) = (acrn.file("disk", &[0; 512]), acrn.file("odd", &[0; 700]));
+    acrn.boot(&acrn.request("nothing")).await;
+    let refused = acrn.attach("odd", &odd).await.unwrap_err();
+    assert!(refused.message.starts_with(&format!("acrn-dm refused the disk {odd} for its slot 3")), "{refused}");
+    assert_eq!(acrn.attach("data", &disk).await.unwrap(), "pci:0000:00:03.0");
+}
+
+#[tokio::test]
+async fn the_slot_of_a_disk_that_may_have_been_taken_is_left_alone() {
+    let acrn = Acrn::start().await;
+    let disk = acrn.file("disk", &[0; 512]);
+    acrn.boot(&acrn.request("mute")).await;
+    let unknown = acrn.attach("data", &disk).await.unwrap_err();
+    assert!(unknown.message.contains("does not say whether it took the disk"), "{unknown}");
+    assert_eq!(acrn.attach("data", &disk).await.unwrap(), "pci:0000:00:04.0");
+}
+
+#[tokio::test]
+async fn nothing_is_attached_before_the_guest_runs() {
+    let acrn = Acrn::start().await;
+    acrn.create(&acrn.request("nothing")).await.unwrap();
+    let error = acrn.attach("data", &acrn.file("disk", &[0; 512])).await.unwrap_err();
+    let expected = "cannot attach a device to a VM that is created but not booted";
+    assert_eq!(error, Status::new(Code::FAILED_PRECONDITION, expected));
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! acrn-dm's command line (`acrn-dm --help`; devicemodel/core/main.c). Its values are split at commas and cannot be quoted.
 
-use std::path::Path;
+use std::{fs::OpenOptions, path::Path};
 
 use caisson_protocol::vmm::{Block, Net, VmConfig};
 use caisson_vmm_launcher::{Error, Result, kernel, kernel::KernelFormat};
@@ -18,6 +18,8 @@ const MIN_MEMORY_MIB: u64 = 128;
 const SLOTS: u8 = 32;
 /// Of `Options::disk_slots`.
 const MAX_DISK_SLOTS: u8 = 16;
+/// For a disk that has no image, wherever it is found in what acrn-dm is told of a disk.
+const NO_DISK: &str = "nodisk";
 
 /// Grows until acrn-dm is started.
 #[derive(Debug)]
@@ -51,9 +53,7 @@ impl CommandLine {
 
     /// Answers where the guest finds the disk.
     pub fn block(&mut self, block: &Block) -> Result<String> {
-        let path = plain("disk", &block.path)?;
-        let read_only = if block.read_only { ",ro" } else { "" };
-        self.device(&format!("virtio-blk,{path}{read_only}")).map(address)
+        self.device(&format!("virtio-blk,{}", disk(block)?)).map(address)
     }
 
     /// An empty disk, which `blkrescan` fills later; answers its slot.
@@ -100,15 +100,25 @@ pub fn address(slot: u8) -> String {
     format!("pci:0000:00:{slot:02x}.0")
 }
 
-/// `path`, if acrn-dm can be told of it.
+/// `block` as acrn-dm is told of it.
 ///
 /// # Errors
-/// When it contains a comma.
-pub fn plain<'a>(what: &str, path: &'a str) -> Result<&'a str> {
+/// When it would make something else of it, without a word.
+pub fn disk(block: &Block) -> Result<String> {
+    let path = &block.path;
     if path.contains(',') {
-        return Err(Error::Invalid(format!("the {what} {path} has a comma in its path, which ACRN cannot be told")));
+        return Err(Error::Invalid(format!("the disk {path} has a comma in its path, which ACRN cannot be told")));
     }
-    Ok(path)
+    if path.contains(NO_DISK) {
+        return Err(Error::Invalid(format!("the disk {path} has \"{NO_DISK}\" in its path, which has ACRN use none")));
+    }
+    if block.read_only {
+        return Ok(format!("{path},ro"));
+    }
+    // It makes a read-only disk of one that it cannot write to.
+    let opened = OpenOptions::new().read(true).write(true).open(path);
+    opened.map_err(|source| Error::File { what: "writable disk", path: path.into(), source })?;
+    Ok(path.clone())
 }
 
 fn check(vm: &VmConfig, options: &Options) -> Result<()> {
@@ -192,9 +202,23 @@ mod tests {
 
     #[test]
     fn a_path_with_a_comma_is_refused() {
-        let disk = Block { path: "/a,ro".into(), ..Default::default() };
-        let error = line(|_, _| {}).unwrap().block(&disk).unwrap_err().to_string();
+        let error = disk(&Block { path: "/a,ro".into(), ..Default::default() }).unwrap_err().to_string();
         assert!(error.starts_with("the disk /a,ro has a comma"), "{error}");
+    }
+
+    #[test]
+    fn a_path_that_acrn_would_take_for_no_disk_is_refused() {
+        let block = Block { path: "/nodisks/a".into(), read_only: true, ..Default::default() };
+        let error = disk(&block).unwrap_err().to_string();
+        assert!(error.starts_with("the disk /nodisks/a has \"nodisk\" in its path"), "{error}");
+    }
+
+    #[test]
+    fn a_disk_to_write_to_that_cannot_be_written_to_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().to_str().unwrap();
+        let error = disk(&Block { path: path.into(), ..Default::default() }).unwrap_err().to_string();
+        assert_eq!(error, format!("open the writable disk {path}"));
     }
 
     #[test]
