@@ -1,44 +1,65 @@
-//! Stands in for `acrn-dm` in tests: it parses its arguments as strictly as the real one does
+//! Stands in for `acrn-dm` in tests: it looks at its arguments in the order and as strictly as the real one does
 //! (devicemodel/core/main.c, hw/pci/core.c) and plays a guest on its serial port.
 //!
-//! The guest does what `do=` on its command line says: `poweroff`, `panic`, `echo` a line, or nothing until it is ended.
+//! The guest does what `do=` on its command line says: `poweroff`, `reboot`, `panic`, `crash` its hypervisor, `echo` a line, or
+//! nothing until it is ended. With `hang` there is none: acrn-dm waits for its VM. With `mute` the first disk is filled without
+//! a word.
 
 use std::{
-    collections::HashMap,
-    fs::{File, OpenOptions},
+    collections::{BTreeMap, HashMap},
+    fs::{self, File, OpenOptions},
     io::{BufRead, BufReader, IsTerminal, Read, Write},
-    os::unix::net::UnixListener,
-    process::exit,
+    os::unix::{fs::FileTypeExt, net::UnixListener},
+    process::{Command, Stdio, exit},
     thread,
 };
 
 use serde_json::{Value, json};
 
+/// `CLIENT_BUF_LEN`: longer messages are dropped.
+const MAX_MESSAGE: usize = 4096;
+/// `CMD_ARG_MAX` without its terminating zero: longer arguments are cut off.
+const MAX_ARGUMENTS: usize = 319;
+const SECTOR: u64 = 512;
+
 fn main() {
     let guest = parse(std::env::args().skip(1));
-    let mut console = OpenOptions::new().read(true).write(true).open(&guest.console).unwrap_or_else(|_| {
-        refuse(&format!("uart: open failed: {}", guest.console));
-    });
-    if !console.is_terminal() {
-        refuse(&format!("uart: not a tty: {}", guest.console));
+    if guest.does("hang") {
+        sleep();
     }
-    let listener = UnixListener::bind(&guest.monitor).unwrap_or_else(|_| refuse("init_socket failed"));
-    let monitor = guest.monitor.clone();
-    thread::spawn(move || serve_monitor(&listener, guest.disks));
-    write!(console, "guest: up with {}\r\n", guest.bootargs).unwrap();
-    let code = live(&guest.bootargs, &mut console);
-    let _ = std::fs::remove_file(monitor);
-    exit(code)
+    // What is in its place it takes away.
+    let _ = fs::remove_file(&guest.monitor);
+    let listener = UnixListener::bind(&guest.monitor).unwrap_or_else(|_| refuse("Unable to init vdev"));
+    let code = run(&guest, listener);
+    let _ = fs::remove_file(&guest.monitor);
+    exit(code.unwrap_or_else(|words| refuse(&words)))
 }
 
 /// The exit code.
-fn live(bootargs: &str, console: &mut File) -> i32 {
-    let what = bootargs.split(' ').find_map(|word| word.strip_prefix("do=")).unwrap_or_default();
-    match what {
+fn run(guest: &Guest, listener: UnixListener) -> Result<i32, String> {
+    let mut disks = HashMap::new();
+    for (number, device) in &guest.devices {
+        init(*number, device, &mut disks)?;
+    }
+    let console = OpenOptions::new().read(true).write(true).open(&guest.console);
+    let mut console = console.map_err(|_| format!("uart: open failed: {}", guest.console))?;
+    if !console.is_terminal() {
+        return Err(format!("uart: not a tty: {}", guest.console));
+    }
+    let mute = guest.does("mute");
+    thread::spawn(move || serve_monitor(&listener, disks, mute));
+    write!(console, "guest: up with {}\r\n", guest.bootargs).unwrap();
+    Ok(live(guest, &mut console))
+}
+
+/// The exit code.
+fn live(guest: &Guest, console: &mut File) -> i32 {
+    match guest.what() {
         "poweroff" => 0,
+        "reboot" => restart(guest),
         "panic" => {
             write!(console, "Kernel panic - not syncing: no init found\r\n").unwrap();
-            0
+            restart(guest)
         }
         "echo" => {
             let mut line = String::new();
@@ -50,25 +71,51 @@ fn live(bootargs: &str, console: &mut File) -> i32 {
             println!("vm_run: failed to run the guest");
             1
         }
-        _ => loop {
-            thread::park();
-        },
+        _ => sleep(),
     }
 }
 
+/// The hypervisor makes a triple fault a power-off (hypervisor/arch/x86/guest/vm_reset.c). After Linux's other ways acrn-dm
+/// makes its VM anew, and so on.
+fn restart(guest: &Guest) -> i32 {
+    if guest.bootargs.split(' ').any(|word| word == "reboot=t") { 0 } else { sleep() }
+}
+
+/// Until it is ended.
+fn sleep() -> ! {
+    loop {
+        thread::park();
+    }
+}
+
+#[derive(Default)]
 struct Guest {
     console: String,
     monitor: String,
     bootargs: String,
-    /// What each slot's disk holds.
-    disks: HashMap<u32, Option<String>>,
+    /// By their slots.
+    devices: BTreeMap<u32, Device>,
+}
+
+impl Guest {
+    fn what(&self) -> &str {
+        self.bootargs.split(' ').find_map(|word| word.strip_prefix("do=")).unwrap_or_default()
+    }
+
+    fn does(&self, what: &str) -> bool {
+        self.what() == what
+    }
+}
+
+/// Its configuration is looked at only when the guest is made.
+struct Device {
+    kind: String,
+    config: Option<String>,
 }
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Guest {
-    let mut guest =
-        Guest { console: String::new(), monitor: String::new(), bootargs: String::new(), disks: HashMap::new() };
-    let mut slots = HashMap::new();
-    let mut configured = Vec::new();
+    let mut guest = Guest::default();
+    let mut iasl = String::new();
     let mut name = None;
     while let Some(flag) = arguments.next() {
         if flag == "-v" {
@@ -85,28 +132,27 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Guest {
         match flag.as_str() {
             "-A" | "--virtio_msi" | "--windows" => {}
             "-m" => memory(&value()),
-            "-k" => file("kernel", &value()),
-            "-r" => file("ramdisk", &value()),
-            "--iasl" => file("iasl", &value()),
+            "-k" | "-r" => image(&value()),
+            "--iasl" => iasl = value(),
             "-B" => guest.bootargs = bootargs(value()),
             "-l" => guest.console = uart(&value()),
-            "-s" => configured.push(slot(&value(), &mut slots)),
+            "-s" => slot(&value(), &mut guest.devices),
             "--cmd_monitor" => guest.monitor = value(),
             "--cpu_affinity" => affinity(&value()),
             _ => usage(&flag),
         }
+    }
+    if !is_iasl(&iasl) {
+        refuse("Please install iasl tool with version >= 20190703 from https://www.acpica.org/downloads");
     }
     let name = name.unwrap_or_else(|| refuse("You must provide the name of the Virtual Machine (VM)"));
     if name.len() >= 16 {
         refuse("The name of the VM exceeds the maximum length: 15");
     }
     for needed in ["hostbridge", "lpc"] {
-        if !slots.values().any(|device| device == needed) {
+        if !guest.devices.values().any(|device| device.kind == needed) {
             refuse(&format!("there is no {needed}"));
         }
-    }
-    for device in configured {
-        init(&device, &mut guest.disks);
     }
     guest
 }
@@ -118,10 +164,18 @@ fn memory(text: &str) {
     }
 }
 
-fn file(what: &str, path: &str) {
-    if path.len() >= 1024 || File::open(path).is_err() {
-        refuse(&format!("Could not open {what} {path}"));
+fn image(path: &str) {
+    if path.len() >= 1024 || File::open(path).and_then(|file| file.metadata()).map_or(0, |file| file.len()) == 0 {
+        refuse(&format!("SW_LOAD: check_image failed for '{path}'"));
     }
+}
+
+/// As `check_iasl_version` of hw/platform/acpi/acpi.c has it.
+fn is_iasl(path: &str) -> bool {
+    let output = Command::new("/bin/sh").args(["-c", &format!("{path} -v")]).stderr(Stdio::null()).output().unwrap();
+    let words = String::from_utf8_lossy(&output.stdout);
+    let version = words.lines().find_map(|line| line.strip_prefix("ASL+ Optimizing Compiler/Disassembler version "));
+    version.and_then(|version| version.parse().ok()).is_some_and(|version: u32| version >= 20_190_703)
 }
 
 fn bootargs(text: String) -> String {
@@ -144,41 +198,45 @@ fn affinity(text: &str) {
     }
 }
 
-/// A device in its slot, whose configuration is looked at only when the guest is made.
-struct Slot {
-    number: u32,
-    device: String,
-    config: Option<String>,
-}
-
-fn slot(text: &str, slots: &mut HashMap<u32, String>) -> Slot {
+fn slot(text: &str, devices: &mut BTreeMap<u32, Device>) {
     let mut words = text.splitn(3, ',');
-    let (place, device, config) = (words.next().unwrap_or_default(), words.next(), words.next());
+    let (place, kind, config) = (words.next().unwrap_or_default(), words.next(), words.next());
     let number = place.split(':').next().and_then(|number| number.parse::<u32>().ok());
-    let (Some(number @ 0..32), Some(device)) = (number, device) else {
+    let (Some(number @ 0..32), Some(kind)) = (number, kind) else {
         refuse(&format!("Invalid PCI slot info field \"{text}\""));
     };
-    if slots.insert(number, device.to_owned()).is_some() {
+    let device = Device { kind: kind.to_owned(), config: config.map(str::to_owned) };
+    if devices.insert(number, device).is_some() {
         refuse(&format!("pci slot {number}:0 already occupied!"));
     }
-    if !["hostbridge", "lpc", "virtio-rnd", "virtio-blk", "virtio-net", "vhost-vsock"].contains(&device) {
-        refuse(&format!("pci slot {number}:0: unknown device \"{device}\""));
+    if !["hostbridge", "lpc", "virtio-rnd", "virtio-blk", "virtio-net", "vhost-vsock"].contains(&kind) {
+        refuse(&format!("pci slot {number}:0: unknown device \"{kind}\""));
     }
-    Slot { number, device: device.to_owned(), config: config.map(str::to_owned) }
 }
 
-fn init(slot: &Slot, disks: &mut HashMap<u32, Option<String>>) {
-    match (slot.device.as_str(), slot.config.as_deref()) {
-        ("hostbridge" | "lpc" | "virtio-rnd", _) => {}
-        ("virtio-blk", Some("nodisk")) => drop(disks.insert(slot.number, None)),
+/// `disks` has what each slot's holds.
+fn init(number: u32, device: &Device, disks: &mut HashMap<u32, Option<String>>) -> Result<(), String> {
+    match (device.kind.as_str(), device.config.as_deref()) {
+        ("hostbridge" | "lpc" | "virtio-rnd", _) => Ok(()),
         ("virtio-blk", Some(image)) => {
-            disk(image).unwrap_or_else(|error| refuse(&error));
-            disks.insert(slot.number, Some(image.to_owned()));
+            let held = if is_none(image) { None } else { Some(image.to_owned()) };
+            held.as_deref().map_or(Ok(()), disk)?;
+            disks.insert(number, held);
+            Ok(())
         }
-        ("virtio-net", Some(config)) if config.starts_with("tap=") => {}
-        ("vhost-vsock", Some(config)) if config.starts_with("cid=") => {}
-        (device, _) => refuse(&format!("pci {device} init failed")),
+        ("virtio-net", Some(config)) => card(config),
+        ("vhost-vsock", Some(config)) => {
+            let cid = config.strip_prefix("cid=").and_then(|cid| cid.parse().ok());
+            let valid = cid.is_some_and(|cid| (3..u32::MAX).contains(&cid));
+            if valid { Ok(()) } else { Err("vsock: guest_cid has to be 0x2~0xffffffff.".into()) }
+        }
+        (kind, _) => Err(format!("pci {kind} init failed")),
     }
+}
+
+/// The word is looked for in all of it, path or not.
+fn is_none(image: &str) -> bool {
+    image.contains("nodisk")
 }
 
 fn disk(text: &str) -> Result<(), String> {
@@ -187,29 +245,57 @@ fn disk(text: &str) -> Result<(), String> {
     if let Some(unknown) = words.find(|word| !["ro", "writeback", "writethru", "nocache"].contains(word)) {
         return Err(format!("Invalid device option \"{unknown}\""));
     }
-    File::open(path).map(drop).map_err(|_| format!("Could not open backing file: {path}"))
+    let file = File::open(path).and_then(|file| file.metadata());
+    let file = file.map_err(|_| format!("Could not open backing file: {path}"))?;
+    if !file.file_type().is_block_device() && (file.len() < SECTOR || file.len() % SECTOR != 0) {
+        return Err(format!("{path} size not corret, should be multiple of {SECTOR}"));
+    }
+    Ok(())
 }
 
-fn serve_monitor(listener: &UnixListener, mut disks: HashMap<u32, Option<String>>) {
+/// It does not need the interface: without one the guest's card has no link.
+fn card(config: &str) -> Result<(), String> {
+    let mut words = config.split(',');
+    if words.next().and_then(|word| word.strip_prefix("tap=")).is_none_or(str::is_empty) {
+        return Err("virtio_net: invalid optional argument".into());
+    }
+    match words.find_map(|word| word.strip_prefix("mac=")) {
+        Some(mac) if !is_one_cards(mac) => Err(format!("Invalid MAC {mac}")),
+        _ => Ok(()),
+    }
+}
+
+fn is_one_cards(mac: &str) -> bool {
+    let octets: Result<Vec<_>, _> = mac.split(':').map(|octet| u8::from_str_radix(octet, 16)).collect();
+    octets.is_ok_and(|octets| octets.len() == 6 && octets[0] & 1 == 0 && octets != [0; 6])
+}
+
+fn serve_monitor(listener: &UnixListener, mut disks: HashMap<u32, Option<String>>, mut mute: bool) {
     for connection in listener.incoming() {
         let mut connection = connection.unwrap();
-        let mut message = vec![0; 4096];
+        let mut message = vec![0; MAX_MESSAGE];
         let count = connection.read(&mut message).unwrap();
         let Ok(request) = serde_json::from_slice::<Value>(&message[..count]) else { continue };
         // What it does not know it does not answer either.
-        if request["command"] == "blkrescan" {
-            let filled = fill(request["arguments"].as_str().unwrap_or_default(), &mut disks);
-            let ack = json!({ "ack": if filled { 0 } else { -1 } });
-            // In one piece, as the real one does.
-            connection.write_all(format!("{ack:#}").as_bytes()).unwrap();
+        if count == MAX_MESSAGE || request["command"] != "blkrescan" {
+            continue;
         }
+        let mut arguments = request["arguments"].as_str().unwrap_or_default().as_bytes().to_vec();
+        arguments.truncate(MAX_ARGUMENTS);
+        let filled = fill(&String::from_utf8_lossy(&arguments), &mut disks);
+        if std::mem::take(&mut mute) {
+            continue;
+        }
+        let ack = json!({ "ack": if filled { 0 } else { -1 } });
+        // In one piece, as the real one does.
+        connection.write_all(format!("{ack:#}").as_bytes()).unwrap();
     }
 }
 
 fn fill(arguments: &str, disks: &mut HashMap<u32, Option<String>>) -> bool {
     let Some((slot, image)) = arguments.split_once(',') else { return false };
     let Some(place) = slot.parse().ok().and_then(|slot: u32| disks.get_mut(&slot)) else { return false };
-    place.is_none() && disk(image).is_ok() && place.replace(image.to_owned()).is_none()
+    place.is_none() && !is_none(image) && disk(image).is_ok() && place.replace(image.to_owned()).is_none()
 }
 
 fn usage(flag: &str) -> ! {

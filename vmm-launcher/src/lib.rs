@@ -16,6 +16,7 @@ pub mod options;
 pub mod request;
 
 pub mod ability;
+pub mod appear;
 pub mod ask;
 pub mod balloon;
 pub mod block_driver;

@@ -193,7 +193,7 @@ impl Process {
     }
 
     /// The same child, called by the name of the program that it executes next.
-    pub(crate) fn becomes(mut self, program: &Path) -> Self {
+    pub fn becomes(mut self, program: &Path) -> Self {
         self.known.program = program.to_owned();
         self
     }

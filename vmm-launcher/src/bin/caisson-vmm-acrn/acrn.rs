@@ -5,6 +5,7 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
     path::Path,
     sync::Mutex,
+    time::Duration,
 };
 
 use caisson_protocol::vmm::{
@@ -13,8 +14,9 @@ use caisson_protocol::vmm::{
 use caisson_vmm_launcher::{
     Error, Result,
     ability::never,
+    appear::until_exists,
     block_driver::Bus,
-    console::{Audience, Console},
+    console::{Audience, Console, log_of},
     guest_vsock::GuestVsock,
     hypervisor::{Created, Hypervisor},
     options::{describe, parse, with_defaults},
@@ -23,18 +25,21 @@ use caisson_vmm_launcher::{
     request,
     vm::exit,
 };
+use tokio::{task::spawn_blocking, time::timeout};
 use tracing::{debug, info};
 
 use crate::{
     command_line::{self, CommandLine},
-    monitor::Monitor,
+    monitor::{self, Monitor},
     options::{DOCS, Options},
     probe,
     pty::Pty,
 };
 
-/// `CONFIG_MAX_VM_NUM` and the scenario decide in the end.
-const MAX_VCPUS: u32 = 64;
+/// `VM_MAXCPU`, devicemodel/core/main.c.
+const MAX_VCPUS: u32 = 16;
+/// acrn-dm asks for its VM for 5 s before it gives up.
+const START_DEADLINE: Duration = Duration::from_secs(30);
 /// The hypervisor's own device, `drivers/virt/acrn/hsm.c`.
 const HSM: &str = "/dev/acrn_hsm";
 /// For `Capabilities`, whatever acrn-dm has.
@@ -105,14 +110,10 @@ impl Hypervisor for Acrn {
         let vm = request::check(request, MAX_VCPUS)?;
         let options: Options = parse(&request.options)?;
         options.block_device_driver.check(Bus::Pci)?;
-        let log = vm.devices.iter().find_map(|device| match &device.kind {
-            Some(Kind::Console(console)) => Some(Path::new(console.log.as_str())),
-            _ => None,
-        });
-        let (console, socket) = Console::open(log, audience)?;
+        let (console, socket) = Console::open(log_of(&vm.devices), audience)?;
         let terminal = Pty::open(socket).map_err(Error::host("make a terminal for the guest's console"))?;
-        let monitor = Monitor { socket: Path::new(&request.run_dir).join("acrn-dm.sock") };
-        let mut line = CommandLine::new(vm, &options, terminal.path(), &monitor.socket)?;
+        let monitor = Monitor::new(Path::new(&request.run_dir));
+        let mut line = CommandLine::new(vm, &options, terminal.path(), monitor.socket())?;
         if !vm.image.is_empty() {
             let image = caisson_protocol::vmm::Block { path: vm.image.clone(), read_only: true, ..Default::default() };
             line.block(&image)?;
@@ -124,7 +125,7 @@ impl Hypervisor for Acrn {
             devices.push(GuestDevice { id: device.id.clone(), address, ..Default::default() });
         }
         // The first to be filled is the last here.
-        let mut empty_disks = (0..options.disk_slots).map(|_| line.empty_disk()).collect::<Result<Vec<_>>>()?;
+        let mut empty_disks = line.empty_disks(options.disk_slots, vm.spare_disks)?;
         empty_disks.reverse();
         let arguments = line.finish(&options, name());
 
@@ -134,7 +135,7 @@ impl Hypervisor for Acrn {
         let mut shell =
             vec!["-c".to_owned(), GATE.to_owned(), wait.as_raw_fd().to_string(), vm.hypervisor_path.clone()];
         shell.extend(arguments);
-        let process = Process::start(Path::new("/bin/sh"), &shell, vec![wait])?;
+        let process = Process::start(Path::new("/bin/sh"), &shell, vec![wait])?.becomes(Path::new(&vm.hypervisor_path));
         info!(pid = process.pid(), "acrn-dm is ready to start");
         let hypervisor = Self {
             process,
@@ -147,11 +148,26 @@ impl Hypervisor for Acrn {
         Ok(Created { hypervisor, devices })
     }
 
+    /// Answers when acrn-dm has made its VM. What it then makes of the VM's devices and kernel is told by its end.
     async fn boot(&self) -> Result<()> {
         let start = self.start.lock().expect("nobody panics with it").take();
-        let Some(Start { mut gate, _vhost: vhost }) = start else { return Ok(()) };
-        drop(vhost);
-        gate.write_all(b"\n").map_err(Error::host("start acrn-dm"))
+        if let Some(Start { mut gate, _vhost: vhost }) = start {
+            drop(vhost);
+            gate.write_all(b"\n").map_err(Error::host("start acrn-dm"))?;
+        }
+        let (socket, pid) = (self.monitor.socket().to_owned(), self.process.pid());
+        let made = timeout(START_DEADLINE, spawn_blocking(move || until_exists(&socket, pid))).await;
+        let made = made.map_err(|_| {
+            self.process.kill();
+            let seconds = START_DEADLINE.as_secs();
+            Error::Hypervisor(format!("acrn-dm (pid {pid}) did not make its VM within {seconds} s of its start"))
+        })?;
+        if made.unwrap_or(Ok(false)).map_err(Error::host("wait for acrn-dm's monitor"))? {
+            return Ok(());
+        }
+        let ended = self.process.ended().await;
+        // Only a guest's own end is a good one.
+        if ended.well() { Ok(()) } else { Err(Error::Hypervisor(self.process.describe(&ended))) }
     }
 
     /// acrn-dm has no way to ask: its power button is wired to a serial port that needs a program of ACRN's in the guest.
@@ -166,15 +182,21 @@ impl Hypervisor for Acrn {
                 request::kind_name(request::kind(device)?)
             )));
         };
-        let path = command_line::plain("disk", &block.path)?;
+        if self.start.lock().expect("nobody panics with it").is_some() {
+            return Err(Error::WrongState { verb: "attach a device to", state: "created but not booted" });
+        }
+        let disk = command_line::disk(block)?;
+        monitor::check(&disk)?;
         let taken = self.empty_disks.lock().expect("nobody panics with it").pop();
         let slot = taken.ok_or_else(|| {
             Error::Unsupported("the guest has no empty disk left: raise disk_slots in [hypervisor.acrn]".into())
         })?;
-        let read_only = if block.read_only { ",ro" } else { "" };
-        if let Err(error) = self.monitor.fill_disk(slot, &format!("{path}{read_only}")).await {
+        if !self.monitor.fill_disk(slot, &disk).await? {
             self.empty_disks.lock().expect("nobody panics with it").push(slot);
-            return Err(error);
+            return Err(Error::Hypervisor(format!(
+                "acrn-dm refused the disk {} for its slot {slot}: it takes block devices and files of whole sectors of 512 bytes",
+                block.path
+            )));
         }
         Ok(GuestDevice { id: device.id.clone(), address: command_line::address(slot), ..Default::default() })
     }
@@ -186,11 +208,12 @@ impl Hypervisor for Acrn {
 
     async fn ended(&self) -> WaitResponse {
         let ended = self.process.ended().await;
+        self.monitor.remove();
         drop(self.terminal.lock().expect("nobody panics with it").take());
         self.console.drained().await;
         let (reason, detail) = match self.console.panic() {
             Some(words) => (ExitReason::GUEST_PANIC, format!("the guest kernel panicked: {words}")),
-            None if ended.well() => (ExitReason::GUEST_SHUTDOWN, "the guest powered off".to_owned()),
+            None if ended.well() => (ExitReason::GUEST_SHUTDOWN, "the guest ended itself".to_owned()),
             None => (ExitReason::HYPERVISOR_FAILED, self.process.describe(&ended)),
         };
         WaitResponse { console_tail: self.console.tail(), ..exit(reason, detail) }
@@ -214,7 +237,7 @@ fn name() -> String {
 fn add(device: &Device, run_dir: &Path, line: &mut CommandLine, vhost: &mut Option<OwnedFd>) -> Result<String> {
     match request::kind(device)? {
         Kind::Block(block) => line.block(block),
-        Kind::Net(net) => line.net(net).map(|()| String::new()),
+        Kind::Net(net) => line.net(&device.id, net).map(|()| String::new()),
         Kind::Vsock(vsock) => match GuestVsock::open(Path::new(&vsock.socket), run_dir, &Lifetime::of_launcher())? {
             GuestVsock::Kernel { vhost: held, cid } => {
                 *vhost = Some(held);
@@ -225,7 +248,7 @@ fn add(device: &Device, run_dir: &Path, line: &mut CommandLine, vhost: &mut Opti
                     .into(),
             )),
         },
-        Kind::Rng(_) => line.rng().map(|()| String::new()),
+        Kind::Rng(rng) => line.rng(rng).map(|()| String::new()),
         // The first serial port, which every guest has.
         Kind::Console(_) => Ok(String::new()),
         other => Err(Error::Unsupported(format!("a {} device is not supported with acrn", request::kind_name(other)))),

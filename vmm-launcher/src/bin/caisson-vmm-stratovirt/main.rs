@@ -3,7 +3,6 @@
 //! StratoVirt looks like QEMU and is not: this folder holds its arguments, its dialect of the machine protocol and the
 //! slots that its microvm has for disks and network cards.
 
-mod appear;
 mod command_line;
 #[cfg(test)]
 mod fake;

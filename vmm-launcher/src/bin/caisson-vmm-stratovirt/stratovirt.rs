@@ -16,6 +16,7 @@ use caisson_protocol::vmm::{
 use caisson_vmm_launcher::{
     Error, Result,
     ability::never,
+    appear::until_exists,
     ask, balloon,
     block_driver::Bus,
     console::{Audience, Console},
@@ -39,7 +40,6 @@ use tokio::{net::UnixStream, task::spawn_blocking, time::timeout};
 use tracing::{debug, info};
 
 use crate::{
-    appear::until_exists,
     command_line::CommandLine,
     options::{DOCS, Options},
     probe,

@@ -1,4 +1,4 @@
-//! Waits for a file that another process makes: StratoVirt takes no listening socket, it makes its own.
+//! Waits for a file that another process makes: some hypervisors take no listening socket, they make their own.
 
 use std::{io, mem::MaybeUninit, os::fd::AsFd, path::Path};
 
