@@ -278,6 +278,14 @@ async fn a_guest_gets_a_network_card() {
 }
 
 #[tokio::test]
+async fn a_network_interface_that_acrn_dm_could_not_open_is_refused() {
+    make_network();
+    let acrn = Acrn::start().await;
+    let error = acrn.create(&acrn.request_with(network_card("lo", "02:00:00:00:00:01", 1))).await.unwrap_err();
+    assert!(error.message.starts_with("the tap interface lo cannot be used"), "{error}");
+}
+
+#[tokio::test]
 async fn an_address_of_many_cards_is_not_a_cards() {
     make_network();
     let acrn = Acrn::start().await;
@@ -314,6 +322,17 @@ async fn a_disk_is_attached_to_an_empty_slot_once() {
     let full = acrn.attach("more", &disk).await.unwrap_err();
     assert_eq!(full.code, Code::UNIMPLEMENTED);
     assert!(full.to_string().contains("raise disk_slots"), "{full}");
+}
+
+#[tokio::test]
+async fn as_many_disks_are_attached_as_were_likely() {
+    let acrn = Acrn::start().await;
+    let disk = acrn.file("disk", &[0; 512]);
+    let mut request = acrn.request("nothing");
+    request.vm.as_mut().unwrap().spare_disks = 1;
+    request.options = acrn.options("20200925", "disk_slots = 0");
+    acrn.boot(&request).await;
+    assert_eq!(acrn.attach("data", &disk).await.unwrap(), "pci:0000:00:03.0");
 }
 
 #[tokio::test]

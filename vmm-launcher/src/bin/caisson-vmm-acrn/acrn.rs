@@ -36,8 +36,8 @@ use crate::{
     pty::Pty,
 };
 
-/// `CONFIG_MAX_VM_NUM` and the scenario decide in the end.
-const MAX_VCPUS: u32 = 64;
+/// `VM_MAXCPU`, devicemodel/core/main.c.
+const MAX_VCPUS: u32 = 16;
 /// acrn-dm asks for its VM for 5 s before it gives up.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// The hypervisor's own device, `drivers/virt/acrn/hsm.c`.
@@ -125,7 +125,7 @@ impl Hypervisor for Acrn {
             devices.push(GuestDevice { id: device.id.clone(), address, ..Default::default() });
         }
         // The first to be filled is the last here.
-        let mut empty_disks = (0..options.disk_slots).map(|_| line.empty_disk()).collect::<Result<Vec<_>>>()?;
+        let mut empty_disks = line.empty_disks(options.disk_slots, vm.spare_disks)?;
         empty_disks.reverse();
         let arguments = line.finish(&options, name());
 
@@ -237,7 +237,7 @@ fn name() -> String {
 fn add(device: &Device, run_dir: &Path, line: &mut CommandLine, vhost: &mut Option<OwnedFd>) -> Result<String> {
     match request::kind(device)? {
         Kind::Block(block) => line.block(block),
-        Kind::Net(net) => line.net(net).map(|()| String::new()),
+        Kind::Net(net) => line.net(&device.id, net).map(|()| String::new()),
         Kind::Vsock(vsock) => match GuestVsock::open(Path::new(&vsock.socket), run_dir, &Lifetime::of_launcher())? {
             GuestVsock::Kernel { vhost: held, cid } => {
                 *vhost = Some(held);
@@ -248,7 +248,7 @@ fn add(device: &Device, run_dir: &Path, line: &mut CommandLine, vhost: &mut Opti
                     .into(),
             )),
         },
-        Kind::Rng(_) => line.rng().map(|()| String::new()),
+        Kind::Rng(rng) => line.rng(rng).map(|()| String::new()),
         // The first serial port, which every guest has.
         Kind::Console(_) => Ok(String::new()),
         other => Err(Error::Unsupported(format!("a {} device is not supported with acrn", request::kind_name(other)))),

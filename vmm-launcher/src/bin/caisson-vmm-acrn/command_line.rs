@@ -1,9 +1,9 @@
 //! acrn-dm's command line (`acrn-dm --help`; devicemodel/core/main.c). Its values are split at commas and cannot be quoted.
 
-use std::{fs::OpenOptions, path::Path};
+use std::{collections::BTreeSet, fs::OpenOptions, path::Path};
 
-use caisson_protocol::vmm::{Block, Net, VmConfig};
-use caisson_vmm_launcher::{Error, Result, kernel, kernel::KernelFormat};
+use caisson_protocol::vmm::{Block, Net, Rng, VmConfig};
+use caisson_vmm_launcher::{Error, Result, kernel, kernel::KernelFormat, tap};
 
 use crate::options::Options;
 
@@ -20,19 +20,24 @@ const SLOTS: u8 = 32;
 const MAX_DISK_SLOTS: u8 = 16;
 /// For a disk that has no image, wherever it is found in what acrn-dm is told of a disk.
 const NO_DISK: &str = "nodisk";
+/// acrn-dm reads the first of these, hw/pci/virtio/virtio_rnd.c; the other is the same source.
+const ENTROPY: [&str; 2] = ["/dev/random", "/dev/urandom"];
 
 /// Grows until acrn-dm is started.
 #[derive(Debug)]
 pub struct CommandLine {
     arguments: Vec<String>,
-    next_slot: u8,
+    /// The next is the last.
+    free_slots: Vec<u8>,
 }
 
 impl CommandLine {
     /// A machine without devices. `console` is a terminal.
     pub fn new(vm: &VmConfig, options: &Options, console: &Path, monitor: &Path) -> Result<Self> {
         check(vm, options)?;
-        let mut line = Self { arguments: Vec::new(), next_slot: 2 };
+        let filled = slots_filled_by(&options.extra_args);
+        let free_slots = (2..SLOTS).rev().filter(|slot| !filled.contains(slot)).collect();
+        let mut line = Self { arguments: Vec::new(), free_slots };
         line.push("-m", format!("{}M", vm.memory_mib));
         line.push("-s", "0:0,hostbridge");
         line.push("-s", "1:0,lpc");
@@ -45,7 +50,7 @@ impl CommandLine {
         line.push("--iasl", &options.iasl);
         line.push("--cmd_monitor", monitor.display().to_string());
         if !options.cpu_affinity.is_empty() {
-            let ids: Vec<_> = options.cpu_affinity.iter().take(vm.vcpus as usize).map(u32::to_string).collect();
+            let ids: Vec<_> = processors(options).iter().take(vm.vcpus as usize).map(u32::to_string).collect();
             line.push("--cpu_affinity", ids.join(","));
         }
         Ok(line)
@@ -56,12 +61,22 @@ impl CommandLine {
         self.device(&format!("virtio-blk,{}", disk(block)?)).map(address)
     }
 
-    /// An empty disk, which `blkrescan` fills later; answers its slot.
-    pub fn empty_disk(&mut self) -> Result<u8> {
-        self.device("virtio-blk,nodisk")
+    /// Empty disks, which `blkrescan` fills later: all that are `required`, and as many of the `likely` as there is room for.
+    /// Answers their slots.
+    pub fn empty_disks(&mut self, required: u8, likely: u32) -> Result<Vec<u8>> {
+        let likely = self.free_slots.len().min(likely as usize);
+        (0..likely.max(required.into())).map(|_| self.device(&format!("virtio-blk,{NO_DISK}"))).collect()
     }
 
-    pub fn net(&mut self, net: &Net) -> Result<()> {
+    pub fn net(&mut self, id: &str, net: &Net) -> Result<()> {
+        if net.queue_pairs > 1 {
+            return Err(Error::Unsupported(format!(
+                "network device \"{id}\" cannot have {} queue pairs: ACRN's have one",
+                net.queue_pairs
+            )));
+        }
+        // acrn-dm makes a card without a link of one that it cannot open.
+        drop(tap::open(net)?);
         self.device(&format!("virtio-net,tap={},mac={}", net.tap, net.mac)).map(drop)
     }
 
@@ -69,7 +84,13 @@ impl CommandLine {
         self.device(&format!("vhost-vsock,cid={cid}")).map(drop)
     }
 
-    pub fn rng(&mut self) -> Result<()> {
+    pub fn rng(&mut self, rng: &Rng) -> Result<()> {
+        if !ENTROPY.contains(&rng.source.as_str()) {
+            return Err(Error::Unsupported(format!(
+                "{} cannot be the source of entropy: ACRN's is {}",
+                rng.source, ENTROPY[0]
+            )));
+        }
         self.device("virtio-rnd").map(drop)
     }
 
@@ -81,11 +102,10 @@ impl CommandLine {
     }
 
     fn device(&mut self, device: &str) -> Result<u8> {
-        let slot = self.next_slot;
-        if slot == SLOTS {
-            return Err(Error::Invalid(format!("ACRN takes {} devices, and {device} is one more", SLOTS - 2)));
-        }
-        self.next_slot += 1;
+        let slot = self
+            .free_slots
+            .pop()
+            .ok_or_else(|| Error::Invalid(format!("ACRN takes {} devices, and {device} is one more", SLOTS - 2)))?;
         self.push("-s", format!("{slot},{device}"));
         Ok(slot)
     }
@@ -121,6 +141,24 @@ pub fn disk(block: &Block) -> Result<String> {
     Ok(path.clone())
 }
 
+/// `cpu_affinity`; ACRN counts a processor once.
+fn processors(options: &Options) -> BTreeSet<u32> {
+    options.cpu_affinity.iter().copied().collect()
+}
+
+/// Whatever has a place of its own: `-s [<bus>:]<slot>[:<function>],…`, hw/pci/core.c.
+fn slots_filled_by(extra_args: &[String]) -> BTreeSet<u8> {
+    let devices = extra_args.windows(2).filter(|pair| ["-s", "--pci_slot"].contains(&pair[0].as_str()));
+    let slots = devices.filter_map(|pair| {
+        let place: Vec<_> = pair[1].split(',').next()?.split([':', '/', '.']).collect();
+        match place[..] {
+            [slot] | [slot, _] | ["0", slot, _] => slot.parse().ok(),
+            _ => None,
+        }
+    });
+    slots.collect()
+}
+
 fn check(vm: &VmConfig, options: &Options) -> Result<()> {
     if kernel::format(Path::new(&vm.kernel))? != KernelFormat::BzImage {
         return Err(Error::Invalid(format!("the guest kernel {} is a vmlinux; ACRN boots a bzImage", vm.kernel)));
@@ -138,10 +176,11 @@ fn check(vm: &VmConfig, options: &Options) -> Result<()> {
             params.len()
         )));
     }
-    if !options.cpu_affinity.is_empty() && options.cpu_affinity.len() < vm.vcpus as usize {
+    // Without any, a guest has as many as ACRN's scenario says, `hcall_create_vm` of hypervisor/common/hypercall.c.
+    let processors = processors(options).len();
+    if vm.vcpus > 1 && processors < vm.vcpus as usize {
         return Err(Error::Invalid(format!(
-            "cpu_affinity names {} processors for {} vCPUs: name one for each",
-            options.cpu_affinity.len(),
+            "cpu_affinity names {processors} processors for {} vCPUs: name one for each in [hypervisor.acrn]",
             vm.vcpus
         )));
     }
@@ -189,8 +228,37 @@ mod tests {
         let mut line = line(|_, _| {}).unwrap();
         let disk = Block { path: "/d".into(), read_only: true, ..Default::default() };
         assert_eq!(line.block(&disk).unwrap(), "pci:0000:00:02.0");
-        assert_eq!(line.empty_disk().unwrap(), 3);
+        assert_eq!(line.empty_disks(1, 0).unwrap(), [3]);
         assert!(line.arguments.ends_with(&["-s".into(), "3,virtio-blk,nodisk".into()]));
+    }
+
+    #[test]
+    fn slots_of_extra_arguments_are_left_to_them() {
+        let extra_args =
+            ["-s", "2,virtio-rnd", "-s", "0:3:0,passthru,0/2/0", "-s", "4:1,virtio-rnd", "-s", "1:5:0,dummy"];
+        let mut line = line(|_, options| options.extra_args = extra_args.map(str::to_owned).into()).unwrap();
+        assert_eq!(line.empty_disks(2, 0).unwrap(), [5, 6]);
+    }
+
+    #[test]
+    fn there_are_as_many_empty_disks_as_are_required_or_likely() {
+        assert_eq!(line(|_, _| {}).unwrap().empty_disks(4, 10).unwrap().len(), 10);
+        assert_eq!(line(|_, _| {}).unwrap().empty_disks(4, 3).unwrap().len(), 4);
+    }
+
+    #[test]
+    fn likely_disks_take_no_more_than_the_room_that_is_left() {
+        let mut line = line(|_, _| {}).unwrap();
+        line.vsock(3).unwrap();
+        assert_eq!(line.empty_disks(4, 48).unwrap().len(), 29);
+    }
+
+    #[test]
+    fn required_disks_without_room_are_refused() {
+        let mut line = line(|_, _| {}).unwrap();
+        line.empty_disks(16, 0).unwrap();
+        let error = line.empty_disks(16, 0).unwrap_err().to_string();
+        assert_eq!(error, "ACRN takes 30 devices, and virtio-blk,nodisk is one more");
     }
 
     #[test]
@@ -222,6 +290,22 @@ mod tests {
     }
 
     #[test]
+    fn a_card_with_several_queues_is_unsupported() {
+        let net = Net { tap: "tap0".into(), queue_pairs: 2, ..Default::default() };
+        let error = line(|_, _| {}).unwrap().net("net", &net).unwrap_err();
+        assert!(
+            matches!(error, Error::Unsupported(why) if why.starts_with("network device \"net\" cannot have 2 queue"))
+        );
+    }
+
+    #[test]
+    fn another_source_of_entropy_is_unsupported() {
+        let error =
+            line(|_, _| {}).unwrap().rng(&Rng { source: "/dev/hwrng".into(), ..Default::default() }).unwrap_err();
+        assert_eq!(error.to_string(), "/dev/hwrng cannot be the source of entropy: ACRN's is /dev/random");
+    }
+
+    #[test]
     fn a_vmlinux_is_refused() {
         let elf = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(elf.path(), b"\x7fELF").unwrap();
@@ -244,8 +328,14 @@ mod tests {
     fn each_vcpu_needs_its_processor() {
         let error = refusal(|vm, options| {
             vm.vcpus = 2;
-            options.cpu_affinity = vec![4];
+            options.cpu_affinity = vec![4, 4];
         });
-        assert_eq!(error, "cpu_affinity names 1 processors for 2 vCPUs: name one for each");
+        assert_eq!(error, "cpu_affinity names 1 processors for 2 vCPUs: name one for each in [hypervisor.acrn]");
+    }
+
+    #[test]
+    fn several_vcpus_are_not_left_to_the_scenario() {
+        let error = refusal(|vm, _| vm.vcpus = 2);
+        assert!(error.starts_with("cpu_affinity names 0 processors for 2 vCPUs"), "{error}");
     }
 }

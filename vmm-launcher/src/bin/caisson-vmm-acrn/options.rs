@@ -39,13 +39,13 @@ pub const DOCS: &[OptionDoc] = &[
         key: "cpu_affinity",
         kind: "array",
         accepted: &[],
-        doc: "The local APIC ids of the processors that guests run on, one for each vCPU; none leaves it to ACRN's scenario.",
+        doc: "The local APIC ids of the processors that guests run on, one for each vCPU; needed for more than one, and none leaves it to ACRN's scenario.",
     },
     OptionDoc {
         key: "disk_slots",
         kind: "integer",
         accepted: &["0", "16"],
-        doc: "How many empty disks a guest starts with; each takes one disk while the guest runs.",
+        doc: "How many empty disks a guest starts with at least; each takes one disk while the guest runs.",
     },
     OptionDoc {
         key: "extra_args",
