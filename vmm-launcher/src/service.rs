@@ -207,7 +207,12 @@ mod tests {
         let vm = created("late").await;
         vm.boot().await.unwrap();
         let service = Service { vm: vm.clone() };
-        let context = TtrpcContext { mh: Default::default(), metadata: Default::default(), timeout_nano: 0 };
+        let context = TtrpcContext {
+            mh: Default::default(),
+            metadata: Default::default(),
+            timeout_nano: 0,
+            connection_data: Default::default(),
+        };
         let fake = vm.alive("pause").unwrap();
         tokio::select! {
             _ = service.pause(&context, PauseRequest::default()) => panic!("the hypervisor has not answered"),
