@@ -26,7 +26,7 @@ use tracing::warn;
 use crate::{
     Error, Result,
     copies::{
-        tree::{MAX_BYTES, MAX_ENTRIES, MAX_FILE_BYTES, Refusal, Tree},
+        tree::{MAX_BYTES, MAX_ENTRIES, MAX_FILE_BYTES, Refusal, Source, Tree},
         watch::Watch,
     },
     guest_spec::SharedPath,
@@ -104,7 +104,7 @@ impl Plan {
         // As a bind mount does: what a link leads to now.
         let source = fs::canonicalize(&path.source)
             .map_err(|source| Refusal::Unreadable { path: path.source.clone(), source })?;
-        let tree = Tree::read(&source, |_| Ok(()))?;
+        let tree = Tree::read(&Source::open(&source)?, |_| Ok(()))?;
         let is_volume_of_pod = source.components().any(|part| part.as_os_str() == EMPTY_DIR);
         if is_volume_of_pod && tree.is_empty_directory() {
             let folder = format!("{GUEST_LOCAL_DIR}/{}", name_of(&source));
@@ -171,9 +171,12 @@ impl Copied {
         let (source, watch, target) = (self.source.clone(), watch.clone(), self.target.clone());
         let old = std::mem::take(&mut self.tree);
         let looked = spawn_blocking(move || {
-            let changes = Tree::read(&source, |path| watch.add(path))
-                .and_then(|new| Ok((new.changes_from(&old, &source, &target)?, new)));
-            (changes, old)
+            let changes = || -> Result<_, Refusal> {
+                let source = Source::open(&source)?;
+                let mut new = Tree::read(&source, |path| watch.add(path))?;
+                Ok((new.changes_from(&old, &source, &target)?, new))
+            };
+            (changes(), old)
         });
         let (changes, old) = looked.await.map_err(|error| Error::host("look at the host's files")(error.into()))?;
         let sent = match changes {
