@@ -254,7 +254,7 @@ impl Guest for Agent {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         match request.kind.unwrap() {
             FileKind::REGULAR_FILE => fs::write(path, &request.data),
-            FileKind::DIRECTORY => fs::create_dir_all(path),
+            FileKind::DIRECTORY | FileKind::NEW_DIRECTORY => fs::create_dir_all(path),
             FileKind::SYMBOLIC_LINK => {
                 std::os::unix::fs::symlink(String::from_utf8_lossy(&request.data).as_ref(), path)
             }

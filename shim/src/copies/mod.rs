@@ -63,6 +63,8 @@ struct Copied {
 #[derive(Debug)]
 struct Local {
     folder: String,
+    /// Makes it for the first container that has it. Memory that is shared is always there.
+    make: Option<CopyFileRequest>,
     target: String,
 }
 
@@ -98,7 +100,7 @@ impl Plan {
     fn add(&mut self, id: &Id, path: &SharedPath) -> Result<(), Refusal> {
         let target = format!("{}/mounts/{}", folder(id), path.name);
         if path.destination == Path::new(SHARED_MEMORY) {
-            self.local.push(Local { folder: SHARED_MEMORY.into(), target });
+            self.local.push(Local { folder: SHARED_MEMORY.into(), make: None, target });
             return Ok(());
         }
         // As a bind mount does: what a link leads to now.
@@ -106,9 +108,10 @@ impl Plan {
             .map_err(|source| Refusal::Unreadable { path: path.source.clone(), source })?;
         let tree = Tree::read(&Source::open(&source)?, |_| Ok(()))?;
         let is_volume_of_pod = source.components().any(|part| part.as_os_str() == EMPTY_DIR);
-        if is_volume_of_pod && tree.is_empty_directory() {
-            let folder = format!("{GUEST_LOCAL_DIR}/{}", name_of(&source));
-            self.local.push(Local { folder, target });
+        let folder = format!("{GUEST_LOCAL_DIR}/{}", name_of(&source));
+        // Owner and mode are what the pod's `fsGroup` has made of them.
+        if let Some(make) = tree.new_directory(folder.clone()).filter(|_| is_volume_of_pod) {
+            self.local.push(Local { folder, make: Some(make), target });
         } else if path.read_only
             || (tree.is_file() && WRITABLE_FILES.iter().any(|file| path.destination == Path::new(file)))
         {
@@ -212,10 +215,7 @@ impl Guest {
 
     /// Shows the folder at the target.
     async fn bind(&self, local: &Local) -> Result<()> {
-        if local.folder.starts_with(GUEST_LOCAL_DIR) {
-            let (path, kind) = (local.folder.clone(), FileKind::DIRECTORY.into());
-            self.copy(&[CopyFileRequest { path, kind, mode: 0o777, ..Default::default() }]).await?;
-        }
+        self.copy(local.make.as_slice()).await?;
         let storage = Storage {
             driver: "bind".into(),
             source: local.folder.clone(),
@@ -261,6 +261,7 @@ fn refused(path: &SharedPath, refusal: &Refusal) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     fn path(source: &Path, destination: &str, read_only: bool) -> SharedPath {
         let (source, destination) = (source.to_owned(), destination.into());
@@ -294,12 +295,17 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_volume_of_the_pod_is_a_folder_of_the_guest() {
+    fn an_empty_volume_of_the_pod_is_a_folder_of_the_guest_with_the_hosts_mode() {
         let dir = tempfile::tempdir().unwrap();
         let volume = dir.path().join("pods/7/volumes/kubernetes.io~empty-dir/cache");
         fs::create_dir_all(&volume).unwrap();
+        // As the kubelet does for a pod's fsGroup.
+        fs::set_permissions(&volume, fs::Permissions::from_mode(0o2770)).unwrap();
         let plan = plan(path(&volume, "/cache", false)).unwrap();
-        assert!(plan.local[0].folder.starts_with("/run/caisson/local/"));
+        let [Local { folder, make: Some(make), .. }] = &plan.local[..] else { panic!("{plan:?}") };
+        assert!(folder.starts_with("/run/caisson/local/") && make.path == *folder, "{plan:?}");
+        assert_eq!((make.kind.unwrap(), make.mode), (FileKind::NEW_DIRECTORY, 0o2770));
+        assert_eq!((make.uid, make.gid), (volume.metadata().unwrap().uid(), volume.metadata().unwrap().gid()));
     }
 
     #[test]

@@ -173,9 +173,10 @@ impl Tree {
         matches!(self.0.get(Path::new("")), Some(Node { kind: Kind::File(_), .. }))
     }
 
-    /// Whether it is a folder with nothing in it.
-    pub fn is_empty_directory(&self) -> bool {
-        self.0.len() == 1 && matches!(self.0.get(Path::new("")), Some(Node { kind: Kind::Directory, .. }))
+    /// What makes a folder like it at `path` where there is none yet; `None` unless it is a folder with nothing in it.
+    pub fn new_directory(&self, path: String) -> Option<CopyFileRequest> {
+        let root = self.0.get(Path::new("")).filter(|root| root.kind == Kind::Directory && self.0.len() == 1)?;
+        Some(CopyFileRequest { kind: FileKind::NEW_DIRECTORY.into(), ..root.request(path, Vec::new()) })
     }
 
     /// What makes a copy of `old` below `target` one of this tree, which was read from `source`. A link is changed when
@@ -314,6 +315,7 @@ mod tests {
             let kind = match request.kind.unwrap() {
                 FileKind::REGULAR_FILE => "file",
                 FileKind::DIRECTORY => "folder",
+                FileKind::NEW_DIRECTORY => "new folder",
                 FileKind::SYMBOLIC_LINK => "link",
                 FileKind::NOTHING => "nothing",
             };
