@@ -4,6 +4,8 @@
 mod tree;
 mod watch;
 
+pub use watch::Watch;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -20,15 +22,15 @@ use caisson_protocol::{
 };
 use protobuf::MessageField;
 use sha2::{Digest, Sha256};
-use tokio::task::{AbortHandle, spawn_blocking};
+use tokio::{
+    task::{AbortHandle, spawn_blocking},
+    time::timeout,
+};
 use tracing::warn;
 
 use crate::{
     Error, Result,
-    copies::{
-        tree::{MAX_BYTES, MAX_ENTRIES, MAX_FILE_BYTES, Refusal, Source, Tree},
-        watch::Watch,
-    },
+    copies::tree::{MAX_BYTES, MAX_ENTRIES, MAX_FILE_BYTES, Refusal, Source, Tree},
     guest_spec::SharedPath,
     vm::Vm,
 };
@@ -41,6 +43,8 @@ const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 const SHARED_MEMORY: &str = "/dev/shm";
 /// Where the guest keeps folders that only it has.
 const GUEST_LOCAL_DIR: &str = "/run/caisson/local";
+/// When a copy that failed is tried again, if nothing changes on the host before.
+const RETRY: Duration = Duration::from_secs(5);
 
 /// What a container's bind mounts become, found good.
 #[derive(Debug)]
@@ -57,6 +61,8 @@ struct Copied {
     target: String,
     /// As the copy is.
     tree: Tree,
+    /// Why it is not as the host has it, as was told last.
+    failure: Option<String>,
 }
 
 /// A folder of the guest, which needs none of the host.
@@ -115,7 +121,7 @@ impl Plan {
         } else if path.read_only
             || (tree.is_file() && WRITABLE_FILES.iter().any(|file| path.destination == Path::new(file)))
         {
-            self.copied.push(Copied { source, target, tree: Tree::default() });
+            self.copied.push(Copied { source, target, tree: Tree::default(), failure: None });
         } else {
             return Err(Refusal::Unfit(
                 "it can be written to, and what is written to a copy does not come back".into(),
@@ -124,29 +130,33 @@ impl Plan {
         Ok(())
     }
 
-    /// Makes the copies in the guest.
-    pub async fn carry_out(self, id: &Id, vm: &Vm) -> Result<Copies> {
+    /// Makes the copies in the guest. Also what was made before an error is to be removed.
+    pub async fn carry_out(self, copies: &mut Copies, vm: &Vm) -> Result<()> {
         let guest = Guest { client: vm.guest.clone(), limit: vm.request_limit };
         for local in &self.local {
             guest.bind(local).await?;
         }
-        let mut copies = Copies { id: id.clone(), following: None };
         if self.copied.is_empty() {
-            return Ok(copies);
+            return Ok(());
         }
-        let watch = Watch::new().map_err(Error::host(
-            "watch the host's files for changes (the sysctl fs.inotify.max_user_instances limits how many containers may)",
+        let watch = vm.ways.watch.get_or_try_init(|| async { Watch::new() }).await.map_err(Error::host(
+            "watch the host's files for changes (the sysctl fs.inotify.max_user_instances limits how many sandboxes may)",
         ))?;
         let mut copied = self.copied;
         for copy in &mut copied {
-            copy.update(&watch, &guest).await?;
+            copy.update(watch, &guest).await?;
         }
-        copies.following = Some(Following(tokio::spawn(follow(copied, watch, guest)).abort_handle()));
-        Ok(copies)
+        copies.following = Some(Following(tokio::spawn(follow(copied, watch.clone(), guest)).abort_handle()));
+        Ok(())
     }
 }
 
 impl Copies {
+    /// Those of container `id`, before there are any.
+    pub fn none(id: &Id) -> Self {
+        Self { id: id.clone(), following: None }
+    }
+
     /// Takes them out of the guest.
     pub async fn remove(self, vm: &Vm) {
         drop(self.following);
@@ -157,13 +167,19 @@ impl Copies {
     }
 }
 
-/// Updates the copies whenever something changes on the host.
-async fn follow(mut copied: Vec<Copied>, watch: Watch, guest: Guest) {
-    while watch.changed().await.is_ok() {
+/// Updates the copies whenever something changes on the host, and a while after they could not be.
+async fn follow(mut copied: Vec<Copied>, mut watch: Watch, guest: Guest) {
+    loop {
+        let limit = if copied.iter().any(|copy| copy.failure.is_some()) { RETRY } else { Duration::MAX };
+        if let Ok(Err(_)) = timeout(limit, watch.changed()).await {
+            return;
+        }
         for copy in &mut copied {
-            if let Err(error) = copy.update(&watch, &guest).await {
-                warn!(file = %copy.source.display(), error = %sentence(&error), "the guest keeps an older copy");
+            let failure = copy.update(&watch, &guest).await.err().map(|error| sentence(&error));
+            if let Some(error) = failure.as_ref().filter(|_| failure != copy.failure) {
+                warn!(file = %copy.source.display(), %error, "the guest keeps an older copy");
             }
+            copy.failure = failure;
         }
     }
 }

@@ -141,6 +141,32 @@ async fn a_file_whose_name_another_takes_is_copied_again() {
 }
 
 #[tokio::test]
+async fn a_copy_that_failed_is_made_again_without_another_change() {
+    let host = tempfile::tempdir().unwrap();
+    fs::write(host.path().join("key"), "one").unwrap();
+    let setup = with_mount(host.path().to_str().unwrap(), &["rbind", "ro"]);
+    let pod = Pod::start_with("again", &["true"], Setup { variables: &[("FAKE_REFUSES", "two")], ..setup }).await;
+    pod.create().await.unwrap();
+    fs::write(host.path().join("key"), "two").unwrap();
+    pod.journal_says("refused shared/again/mounts/0/key").await;
+    pod.journal_says("REGULAR_FILE shared/again/mounts/0/key two").await;
+    pod.shutdown_now().await;
+}
+
+#[tokio::test]
+async fn a_container_whose_copies_cannot_be_made_leaves_none_in_the_guest() {
+    let host = tempfile::tempdir().unwrap();
+    fs::write(host.path().join("key"), "one").unwrap();
+    let setup = with_mount(host.path().to_str().unwrap(), &["rbind", "ro"]);
+    let pod = Pod::start_with("half", &["true"], Setup { variables: &[("FAKE_REFUSES", "one")], ..setup }).await;
+    let refused = status(pod.create().await);
+    assert!(refused.message.contains("copy a file of the host into the guest: the guest has no room"), "{refused}");
+    assert_eq!(pod.journal().last().unwrap(), "NOTHING shared/half ");
+    pod.shutdown().await;
+    pod.assert_nothing_left();
+}
+
+#[tokio::test]
 async fn a_mount_that_cannot_be_copied_is_refused_before_anything_starts() {
     let host = tempfile::tempdir().unwrap();
     let large = host.path().join("large");
