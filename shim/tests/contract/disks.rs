@@ -40,6 +40,15 @@ async fn a_container_on_disks_leaves_only_the_images_of_its_layers() {
 }
 
 #[tokio::test]
+async fn an_image_that_is_too_much_goes_with_the_sandbox_that_was_the_last_to_use_it() {
+    let pod = Pod::start_with("small", &["true"], Setup { layer_cache_mib: 0, ..on_disks() }).await;
+    pod.create().await.unwrap();
+    assert_eq!(pod.cached().len(), 1);
+    pod.shutdown_now().await;
+    assert!(pod.cached().is_empty(), "{:?}", pod.cached());
+}
+
+#[tokio::test]
 async fn a_further_container_brings_only_the_layers_that_the_machine_does_not_have() {
     let pod = Pod::start_with("pod", &["true"], on_disks()).await;
     pod.create().await.unwrap();
