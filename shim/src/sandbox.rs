@@ -105,7 +105,7 @@ impl Sandbox {
             return Err(Error::Exists { what: "container", id });
         }
         let bundle = Bundle::load(Path::new(&request.bundle))?;
-        let (spec, paths) = for_guest(bundle.spec.clone(), &id, &bundle.role()?);
+        let (spec, paths) = for_guest(bundle.spec.clone(), &id, &bundle.role()?)?;
         let wanted = Wanted { id: &id, rootfs: &request.rootfs, paths: &paths };
         let (vm, mut files) = match self.begin_boot()? {
             Some(vm) => {
