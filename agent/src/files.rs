@@ -56,6 +56,7 @@ fn copy_below(base: &Path, request: &CopyFileRequest) -> Result<()> {
         match kind {
             FileKind::REGULAR_FILE => write_file(&parent, name, request),
             FileKind::DIRECTORY => make_directory(&parent, name, request),
+            FileKind::NEW_DIRECTORY => make_new_directory(&parent, name, request),
             FileKind::SYMBOLIC_LINK => make_link(&parent, name, request),
             FileKind::NOTHING => remove(&parent, name),
         }
@@ -75,9 +76,11 @@ fn open_parent(base: &Path, inside: &Path) -> std::io::Result<OwnedFd> {
     Ok(directory)
 }
 
-fn make_unless_there(parent: &OwnedFd, name: &OsStr) -> std::io::Result<()> {
+/// Whether it was not there.
+fn make_unless_there(parent: &OwnedFd, name: &OsStr) -> std::io::Result<bool> {
     match mkdirat(parent.as_fd(), name, Mode::from_raw_mode(0o755)) {
-        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Ok(()) => Ok(true),
+        Err(Errno::EXIST) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }
@@ -91,8 +94,11 @@ fn write_file(parent: &OwnedFd, name: &OsStr, request: &CopyFileRequest) -> std:
 
 fn make_directory(parent: &OwnedFd, name: &OsStr, request: &CopyFileRequest) -> std::io::Result<()> {
     make_unless_there(parent, name)?;
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    give_away(&openat2(parent, name, flags, Mode::empty(), BENEATH)?, request)
+    give_directory_away(parent, name, request)
+}
+
+fn make_new_directory(parent: &OwnedFd, name: &OsStr, request: &CopyFileRequest) -> std::io::Result<()> {
+    if make_unless_there(parent, name)? { give_directory_away(parent, name, request) } else { Ok(()) }
 }
 
 fn make_link(parent: &OwnedFd, name: &OsStr, request: &CopyFileRequest) -> std::io::Result<()> {
@@ -116,6 +122,11 @@ fn remove(parent: &OwnedFd, name: &OsStr) -> std::io::Result<()> {
         }
         Err(error) => Err(error.into()),
     }
+}
+
+fn give_directory_away(parent: &OwnedFd, name: &OsStr, request: &CopyFileRequest) -> std::io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    give_away(openat2(parent, name, flags, Mode::empty(), BENEATH)?, request)
 }
 
 fn give_away(file: impl AsFd, request: &CopyFileRequest) -> std::io::Result<()> {
@@ -200,6 +211,18 @@ mod tests {
         copy_below(dir.path(), &nothing).unwrap();
         assert!(!path.exists());
         copy_below(dir.path(), &nothing).unwrap();
+    }
+
+    #[test]
+    fn a_new_directory_leaves_one_that_is_there_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("local/data");
+        let new = |mode| CopyFileRequest { kind: FileKind::NEW_DIRECTORY.into(), mode, ..request(&path, b"") };
+        copy_below(dir.path(), &new(0o2770)).unwrap();
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o7777, 0o2770);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
+        copy_below(dir.path(), &new(0o2770)).unwrap();
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o7777, 0o700);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::{MetadataExt, chown},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -62,12 +63,20 @@ fn target(mount_point: &str) -> Result<&Path> {
     }
 }
 
-/// The layer that is written to, and its work directory, begin empty.
+/// The layer that is written to, and its work directory, begin empty. The first has the owner and the mode of the layer
+/// below it, which is what overlayfs then shows of the whole.
 fn make_layers(options: &[String]) -> Result<()> {
-    for option in options {
-        if let Some(("upperdir" | "workdir", path)) = option.split_once('=') {
-            fs::create_dir_all(path).attempt(format_args!("make {path}"))?;
-        }
+    let option = |name: &str| options.iter().find_map(|option| option.strip_prefix(name)?.strip_prefix('='));
+    for path in ["upperdir", "workdir"].into_iter().filter_map(option) {
+        fs::create_dir_all(path).attempt(format_args!("make {path}"))?;
+    }
+    if let (Some(upper), Some(below)) = (option("upperdir"), option("lowerdir").and_then(|all| all.split(':').next())) {
+        let like_below = || {
+            let below = fs::metadata(below)?;
+            chown(upper, Some(below.uid()), Some(below.gid()))?;
+            fs::set_permissions(upper, below.permissions())
+        };
+        like_below().attempt(format_args!("give {upper} the owner and mode of {below}"))?;
     }
     Ok(())
 }
@@ -132,6 +141,7 @@ fn is_pci_address(address: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_disk_is_found_by_its_serial() {
@@ -162,6 +172,24 @@ mod tests {
         let storage = Storage { driver: "9p".into(), mount_point: "/x".into(), ..Default::default() };
         let error = add(&storage).await.unwrap_err().to_string();
         assert!(error.starts_with("storage driver \"9p\""), "{error}");
+    }
+
+    #[test]
+    fn the_layer_that_is_written_to_is_as_the_topmost_below_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for (name, mode) in [("top", 0o1751), ("bottom", 0o700)] {
+            fs::create_dir(path(name)).unwrap();
+            fs::set_permissions(path(name), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let is_root = chown(path("top"), Some(7), Some(8)).is_ok();
+        let layers = format!("lowerdir={}:{}", path("top").display(), path("bottom").display());
+        let (upper, work) = (path("upper"), path("work"));
+        make_layers(&[layers, format!("upperdir={}", upper.display()), format!("workdir={}", work.display())]).unwrap();
+        let metadata = fs::metadata(upper).unwrap();
+        assert_eq!(metadata.mode() & 0o7777, 0o1751);
+        assert_eq!((metadata.uid(), metadata.gid()) == (7, 8), is_root);
+        assert!(work.is_dir());
     }
 
     #[test]

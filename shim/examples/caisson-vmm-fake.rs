@@ -3,7 +3,8 @@
 //! It speaks the contracts as the real ones do and refuses what they refuse: wrong order, unknown names, missing files.
 //! A container's command runs as a plain process of the host. `$FAKE_GUEST` asks for a guest that misbehaves:
 //! `panics` ends the VM at boot, `silent` never calls the host. `$FAKE_HOTPLUG` set to `none` is a VM that takes no disks
-//! while it runs. What happens to disks, mounts and copies is told to `$FAKE_JOURNAL`, a pipe, one line each.
+//! while it runs. The first file with the content `$FAKE_REFUSES` cannot be copied. What happens to disks, mounts and
+//! copies is told to `$FAKE_JOURNAL`, a pipe, one line each.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -12,7 +13,10 @@ use std::{
     os::unix::process::ExitStatusExt,
     path::PathBuf,
     process::Stdio,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use async_trait::async_trait;
@@ -198,6 +202,7 @@ async fn serve_guest(vsock: PathBuf, disks: Disks, end: watch::Sender<Option<(Ex
         tasks: Mutex::default(),
         disks,
         mounts: Mutex::default(),
+        has_refused: AtomicBool::default(),
     });
     let connection = futures_util::stream::iter([Ok::<_, std::io::Error>(call)]);
     let mut server = Server::new()
@@ -219,6 +224,7 @@ struct Agent {
     disks: Disks,
     /// In the order in which they were made.
     mounts: Mutex<Vec<String>>,
+    has_refused: AtomicBool,
 }
 
 struct FakeTask {
@@ -250,19 +256,22 @@ impl Guest for Agent {
         let Some(inside) = request.path.strip_prefix("/run/caisson/") else {
             return refuse(Code::INVALID_ARGUMENT, "the path is not below /run/caisson");
         };
+        let text = String::from_utf8_lossy(&request.data);
+        if env::var("FAKE_REFUSES").as_deref() == Ok(&text) && !self.has_refused.swap(true, Ordering::Relaxed) {
+            tell(format!("refused {inside}"));
+            return refuse(Code::UNAVAILABLE, "the guest has no room");
+        }
         let path = self.root.join(inside);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         match request.kind.unwrap() {
             FileKind::REGULAR_FILE => fs::write(path, &request.data),
-            FileKind::DIRECTORY => fs::create_dir_all(path),
-            FileKind::SYMBOLIC_LINK => {
-                std::os::unix::fs::symlink(String::from_utf8_lossy(&request.data).as_ref(), path)
-            }
+            FileKind::DIRECTORY | FileKind::NEW_DIRECTORY => fs::create_dir_all(path),
+            FileKind::SYMBOLIC_LINK => std::os::unix::fs::symlink(text.as_ref(), path),
             FileKind::NOTHING => fs::remove_dir_all(&path).or_else(|_| fs::remove_file(&path)).or(Ok(())),
         }
         .unwrap();
         if inside.starts_with("shared/") {
-            tell(format!("{:?} {inside} {}", request.kind.unwrap(), String::from_utf8_lossy(&request.data).trim_end()));
+            tell(format!("{:?} {inside} {}", request.kind.unwrap(), text.trim_end()));
         }
         Ok(CopyFileResponse::new())
     }

@@ -5,12 +5,15 @@
 use std::{fs, sync::Arc};
 
 use caisson_protocol::{config::SandboxConfig, containerd::api::Mount, id::Id, paths::SandboxDir, vmm::Device};
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::{
+    sync::OnceCell,
+    task::{JoinHandle, spawn_blocking},
+};
 
 use crate::{
     Error, Result,
     block::{BlockRootfs, BlockStore},
-    copies::{Copies, Plan},
+    copies::{Copies, Plan, Watch},
     guest_spec::SharedPath,
     mount::make_shared,
     share::ContainerShare,
@@ -26,6 +29,8 @@ pub struct Ways {
     pub shares_directory: bool,
     /// Where root filesystems are disks.
     pub disks: Option<Arc<BlockStore>>,
+    /// Tells of changes to the files that were copied; made for the first container that has some.
+    pub watch: Arc<OnceCell<Watch>>,
 }
 
 /// What one container is to have of the host.
@@ -77,7 +82,7 @@ impl Ways {
                 config.origin
             )));
         }
-        Ok(Self { dir: dir.clone(), shares_directory, disks })
+        Ok(Self { dir: dir.clone(), shares_directory, disks, watch: Arc::default() })
     }
 
     /// Begins to make ready what a container wants.
@@ -126,10 +131,11 @@ impl Preparation {
 }
 
 impl ContainerFiles {
-    /// Brings them into the guest, and says how the guest mounts the root filesystem.
+    /// Brings them into the guest, and says how the guest mounts the root filesystem. After an error too they are to be
+    /// removed.
     pub async fn enter(&mut self, vm: &Vm) -> Result<Mount> {
         if let Some(plan) = self.plan.take() {
-            self.copies = Some(plan.carry_out(&self.id, vm).await?);
+            plan.carry_out(self.copies.insert(Copies::none(&self.id)), vm).await?;
         }
         match &self.rootfs {
             Some(rootfs) => rootfs.build(vm).await,

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use caisson_protocol::{id::Id, paths::GUEST_SHARED_DIR};
-use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{Hooks, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Mount, Spec};
 
-use crate::bundle::Role;
+use crate::{Error, Result, bundle::Role};
 
 /// A host path that the guest sees through the shared directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +23,10 @@ pub struct SharedPath {
 }
 
 /// Translates `spec`, and says which host paths must be shared for it.
-pub fn for_guest(mut spec: Spec, id: &Id, role: &Role) -> (Spec, Vec<SharedPath>) {
+///
+/// # Errors
+/// When the container is to have a disk of the host.
+pub fn for_guest(mut spec: Spec, id: &Id, role: &Role) -> Result<(Spec, Vec<SharedPath>)> {
     let mut shared = Vec::new();
     if let Some(mounts) = spec.mounts_mut() {
         for mount in mounts {
@@ -38,6 +41,7 @@ pub fn for_guest(mut spec: Spec, id: &Id, role: &Role) -> (Spec, Vec<SharedPath>
         process.set_selinux_label(None).set_apparmor_profile(None);
     }
     if let Some(linux) = spec.linux_mut() {
+        linux.devices().iter().flatten().try_for_each(check_device)?;
         linux.set_mount_label(None);
         let namespaces =
             linux.namespaces().iter().flatten().filter(|namespace| keep(namespace, role)).cloned().collect();
@@ -45,7 +49,20 @@ pub fn for_guest(mut spec: Spec, id: &Id, role: &Role) -> (Spec, Vec<SharedPath>
     }
     let hooks = spec.hooks().as_ref().map(hooks_in_container);
     spec.set_hooks(hooks);
-    (spec, shared)
+    Ok((spec, shared))
+}
+
+/// A device is passed on as a number, by which the guest's kernel knows the same character device, but another disk.
+fn check_device(device: &LinuxDevice) -> Result<()> {
+    if device.typ() != LinuxDeviceType::B {
+        return Ok(());
+    }
+    Err(Error::Unsupported(format!(
+        "give the container the block device {}: the guest has none of the host's disks; leave it out, and where it came \
+         with a privileged container set the runtime's privileged_without_host_devices = true in containerd's \
+         configuration",
+        device.path().display()
+    )))
 }
 
 /// The virtual machine is the pod's network, and in a pod its host name and IPC as well. A path names a namespace of
@@ -84,8 +101,12 @@ fn is_kernel_path(path: &Path) -> bool {
 mod tests {
     use super::*;
 
-    fn translate(json: &str, role: &Role) -> (Spec, Vec<SharedPath>) {
+    fn translated(json: &str, role: &Role) -> Result<(Spec, Vec<SharedPath>)> {
         for_guest(serde_json::from_str(json).unwrap(), &Id::parse("", "web").unwrap(), role)
+    }
+
+    fn translate(json: &str, role: &Role) -> (Spec, Vec<SharedPath>) {
+        translated(json, role).unwrap()
     }
 
     const SPEC: &str = r#"{"ociVersion":"1.0.2","root":{"path":"/var/x/rootfs"},
@@ -128,6 +149,25 @@ mod tests {
     fn a_pods_containers_share_ipc() {
         use LinuxNamespaceType::{Mount, Pid};
         assert_eq!(kinds(&translate(SPEC, &Role::PodSandbox).0), [Pid, Mount]);
+    }
+
+    /// A container with one device.
+    fn with_device(kind: &str, path: &str) -> String {
+        format!(
+            r#"{{"ociVersion":"1.0.2","linux":{{"devices":[{{"path":"{path}","type":"{kind}","major":8,"minor":16}}]}}}}"#
+        )
+    }
+
+    #[test]
+    fn a_disk_of_the_host_is_refused_by_name() {
+        let error = translated(&with_device("b", "/dev/sdb"), &Role::Single).unwrap_err().to_string();
+        assert!(error.starts_with("give the container the block device /dev/sdb: the guest has none"), "{error}");
+    }
+
+    #[test]
+    fn a_character_device_is_passed_on() {
+        let (spec, _) = translate(&with_device("c", "/dev/fuse"), &Role::Single);
+        assert_eq!(spec.linux().as_ref().unwrap().devices().as_ref().unwrap().len(), 1);
     }
 
     #[test]

@@ -11,7 +11,10 @@ use caisson_protocol::{
     vmm_ttrpc::VmmClient,
 };
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::{
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
     unistd::Pid,
 };
 use tokio::{
@@ -39,6 +42,8 @@ pub struct Launcher {
     pub client: VmmClient,
     /// On the host.
     pub pid: u32,
+    /// Those that it goes on for, by their pids.
+    lost: Vec<u32>,
 }
 
 impl Launcher {
@@ -54,13 +59,15 @@ impl Launcher {
             .env("CAISSON_LOG", log_level)
             .stdin(listen::as_stdin(listener))
             .stdout(std::process::Stdio::null())
+            // What it starts stays in its group, by which this process finds what it inherits.
+            .process_group(0)
             .kill_on_drop(true)
             .spawn()
             .map_err(Error::host(format!("start the launcher {}", program.display())))?;
         let pid = child.id().unwrap_or_default();
         let stream = UnixStream::connect(&socket).await.map_err(Error::host("connect to the launcher"))?;
         let client = VmmClient::new(Client::new(stream.into()));
-        Ok(Self { child: Mutex::new(child), processes: ProcessList::in_dir(dir.path()), client, pid })
+        Ok(Self { child: Mutex::new(child), processes: ProcessList::in_dir(dir.path()), client, pid, lost: Vec::new() })
     }
 
     /// Starts another one in place of a launcher that was lost, and has it go on with the VM. When this fails the VM and
@@ -75,7 +82,7 @@ impl Launcher {
             let request = AdoptRequest { state_dir: text(dir.path()), ..Default::default() };
             let adopted = launcher.client.adopt(deadline(ADOPTION_DEADLINE), &request).await;
             match adopted.map_err(Error::remote("go on with the virtual machine of a lost launcher")) {
-                Ok(_) => Ok(launcher),
+                Ok(_) => Ok(Self { lost: [&lost.lost[..], &[lost.pid]].concat(), ..launcher }),
                 Err(error) => {
                     launcher.end().await;
                     Err(error)
@@ -113,7 +120,23 @@ impl Launcher {
         if let Ok(Err(error)) = spawn_blocking(move || processes.end_all(END_DEADLINE)).await {
             warn!(%error, "not all processes of the virtual machine could be ended");
         }
+        self.reap_inherited();
+        reap_group(self.pid);
     }
+
+    /// Lets the dead go whom this process has inherited from lost launchers. The VM has ended: until then a launcher may
+    /// come that has to tell how the hypervisor did, which the first to ask takes away.
+    pub fn reap_inherited(&self) {
+        self.lost.iter().copied().for_each(reap_group);
+    }
+}
+
+/// Its leader has been waited for where the runtime waits for it.
+fn reap_group(leader: u32) {
+    let group = Pid::from_raw(-(leader as i32));
+    while let Ok(status) = waitpid(group, Some(WaitPidFlag::WNOHANG))
+        && status != WaitStatus::StillAlive
+    {}
 }
 
 fn text(path: &Path) -> String {

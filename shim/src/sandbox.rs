@@ -35,7 +35,7 @@ use tracing::{info, warn};
 
 use crate::{
     Error, Result,
-    block::image_cache::remove_directory,
+    block::{BlockStore, image_cache::remove_directory},
     bundle::{Bundle, Role},
     container::{Container, ForGuest},
     events::Publisher,
@@ -70,6 +70,8 @@ pub struct Sandbox {
     publisher: Publisher,
     phase: Mutex<Phase>,
     containers: Mutex<HashMap<Id, Arc<Container>>>,
+    /// Where root filesystems are disks; they outlive the virtual machine.
+    disks: Mutex<Option<Arc<BlockStore>>>,
     stop: watch::Sender<bool>,
     /// Held for reading by each creation under way.
     creating: RwLock<()>,
@@ -85,6 +87,7 @@ impl Sandbox {
             publisher,
             phase: Mutex::new(Phase::Empty),
             containers: Mutex::default(),
+            disks: Mutex::default(),
             stop: watch::Sender::new(false),
             creating: RwLock::default(),
         })
@@ -102,7 +105,7 @@ impl Sandbox {
             return Err(Error::Exists { what: "container", id });
         }
         let bundle = Bundle::load(Path::new(&request.bundle))?;
-        let (spec, paths) = for_guest(bundle.spec.clone(), &id, &bundle.role()?);
+        let (spec, paths) = for_guest(bundle.spec.clone(), &id, &bundle.role()?)?;
         let wanted = Wanted { id: &id, rootfs: &request.rootfs, paths: &paths };
         let (vm, mut files) = match self.begin_boot()? {
             Some(vm) => {
@@ -159,6 +162,7 @@ impl Sandbox {
         let config = self.configuration(bundle, request).await?;
         stages.end("config");
         let ways = Ways::of(&config, &self.dir)?;
+        lock(&self.disks).clone_from(&ways.disks);
         let needs = Needs {
             hostname: bundle.spec.hostname().clone().unwrap_or_else(|| self.id.to_string()),
             memory_mib: bundle.memory_limit_mib().unwrap_or_default(),
@@ -292,6 +296,10 @@ impl Sandbox {
         let dir = self.dir.clone();
         // A panic there has been printed.
         let _ = spawn_blocking(move || remove(&dir)).await;
+        let disks = lock(&self.disks).take();
+        if let Some(disks) = disks {
+            disks.end().await;
+        }
         stages.end("cleanup");
         info!(stages = stages.text(), "sandbox ended");
     }

@@ -16,13 +16,7 @@ use caisson_protocol::{
     status::{Status, sentence},
     vmm::{self, WaitResponse},
 };
-use nix::{
-    sys::{
-        prctl::set_child_subreaper,
-        wait::{WaitPidFlag, waitpid},
-    },
-    unistd::Pid,
-};
+use nix::sys::prctl::set_child_subreaper;
 use tokio::{sync::watch, time::timeout};
 use tracing::{info, warn};
 
@@ -147,7 +141,7 @@ impl Vm {
             let launcher = self.launcher();
             let lost = match launcher.client.wait(no_deadline(), &vmm::WaitRequest::new()).await {
                 Ok(end) => {
-                    self.reap();
+                    launcher.reap_inherited();
                     return end;
                 }
                 Err(error) => launcher_lost(error),
@@ -159,14 +153,6 @@ impl Vm {
                     return WaitResponse { detail: format!("{}: {}", lost.detail, sentence(&error)), ..lost };
                 }
             }
-        }
-    }
-
-    /// A hypervisor that has outlived its launcher has become this process's child.
-    fn reap(&self) {
-        if self.replacement.is_some() {
-            // Its launcher has done it, unless that was replaced.
-            let _ = waitpid(Pid::from_raw(self.pid as i32), Some(WaitPidFlag::WNOHANG));
         }
     }
 

@@ -128,6 +128,11 @@ impl Disks {
         }
     }
 
+    /// Lets go of all images: nobody needs the disks any more.
+    pub fn forget(&self) {
+        lock(&self.used).clear();
+    }
+
     fn new_id(&self) -> String {
         format!("disk-{}", self.next.fetch_add(1, Ordering::Relaxed))
     }

@@ -26,7 +26,7 @@ use crate::{
 /// Changes with how images are made: one of another making is not taken for one of ours.
 const MAKING: &str = "erofs 1";
 /// Bytes of a digest in an image's name.
-const NAME_BYTES: usize = 16;
+pub const NAME_BYTES: usize = 16;
 
 /// The cached image of what `directories`, the topmost first, show as one. They never change. Several are mounted over
 /// one another on `scratch`, which belongs to the caller.

@@ -6,6 +6,9 @@ use caisson_protocol::containerd::api::Mount;
 
 use crate::{Error, Result};
 
+/// How options begin that name other attributes or other owners than a layer's files have.
+const OF_A_USER_NAMESPACE: [&str; 3] = ["userxattr", "uidmap=", "gidmap="];
+
 /// Directories of the host that lie over one another.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Layers {
@@ -24,6 +27,10 @@ impl Layers {
         let [mount] = rootfs else {
             return Err(refused(format!("it is {} mounts where one is expected", rootfs.len())));
         };
+        let is_foreign = |word: &&String| OF_A_USER_NAMESPACE.iter().any(|sign| word.starts_with(sign));
+        if let Some(option) = mount.options.iter().find(is_foreign) {
+            return Err(refused(format!("its layers are a user namespace's ({option})")));
+        }
         let is_bind = mount.type_ == "bind" || mount.options.iter().any(|word| word == "bind" || word == "rbind");
         if is_bind {
             return Ok(Self::of_bind(mount));
@@ -46,9 +53,6 @@ impl Layers {
     }
 
     fn of_overlay(mount: &Mount) -> Result<Self> {
-        if mount.options.iter().any(|word| word == "userxattr") {
-            return Err(refused("its layers are a user namespace's (userxattr)"));
-        }
         let option = |name: &str| mount.options.iter().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
         let lower = option("lowerdir").ok_or_else(|| refused("its overlay has no lowerdir"))?;
         Ok(Self {
@@ -109,5 +113,14 @@ mod tests {
     fn layers_of_a_user_namespace_are_refused() {
         let overlay = mount("overlay", "overlay", &["userxattr", "lowerdir=/s/1/fs"]);
         assert!(Layers::of(&overlay).unwrap_err().to_string().contains("userxattr"));
+    }
+
+    #[test]
+    fn layers_that_are_shown_with_other_owners_are_refused() {
+        let overlay =
+            mount("overlay", "overlay", &["lowerdir=/s/1/fs", "uidmap=0:65536:65536", "gidmap=0:65536:65536"]);
+        let error = Layers::of(&overlay).unwrap_err().to_string();
+        assert!(error.contains("its layers are a user namespace's (uidmap=0:65536:65536);"), "{error}");
+        assert!(Layers::of(&mount("bind", "/s/1/fs", &["ro", "gidmap=0:65536:65536"])).is_err());
     }
 }

@@ -90,6 +90,12 @@ impl BlockStore {
         self.cache.own_path(&self.own_name())
     }
 
+    /// The sandbox has ended and its containers' files are removed: lets others do without its images, and tidies up.
+    pub async fn end(&self) {
+        self.disks.forget();
+        self.cache.tidy().await;
+    }
+
     /// Makes what is missing of the images of a container's root filesystem, and gives it disks for them.
     pub async fn rootfs(self: &Arc<Self>, id: &Id, mounts: &[Mount]) -> Result<BlockRootfs> {
         let store = self.clone();
@@ -112,14 +118,14 @@ impl BlockStore {
 
         if let Some(own) = own {
             let image = rootfs.own_file("changes.erofs").await?;
-            images::make_erofs(&own, image.clone()).await?;
+            self.cache.with_room(|| images::make_erofs(&own, image.clone())).await?;
             rootfs.layers.push(self.disks.own_layer(image));
         }
         let images = self.images(&rootfs.id, groups).await?;
         rootfs.layers.extend(images.iter().map(|image| self.disks.of_layer(image)));
         if self.writable_mib > 0 {
             let disk = rootfs.own_file("writable.ext4").await?;
-            images::make_writable(&self.cache, self.writable_mib, &disk).await?;
+            self.cache.with_room(|| images::make_writable(&self.cache, self.writable_mib, &disk)).await?;
             rootfs.writable = Some(self.disks.writable(disk, rootfs.guest_directory()));
         }
         Ok(())

@@ -4,6 +4,8 @@
 mod tree;
 mod watch;
 
+pub use watch::Watch;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -20,15 +22,15 @@ use caisson_protocol::{
 };
 use protobuf::MessageField;
 use sha2::{Digest, Sha256};
-use tokio::task::{AbortHandle, spawn_blocking};
+use tokio::{
+    task::{AbortHandle, spawn_blocking},
+    time::timeout,
+};
 use tracing::warn;
 
 use crate::{
     Error, Result,
-    copies::{
-        tree::{MAX_BYTES, MAX_ENTRIES, MAX_FILE_BYTES, Refusal, Tree},
-        watch::Watch,
-    },
+    copies::tree::{MAX_BYTES, MAX_ENTRIES, MAX_FILE_BYTES, Refusal, Source, Tree},
     guest_spec::SharedPath,
     vm::Vm,
 };
@@ -41,6 +43,8 @@ const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 const SHARED_MEMORY: &str = "/dev/shm";
 /// Where the guest keeps folders that only it has.
 const GUEST_LOCAL_DIR: &str = "/run/caisson/local";
+/// When a copy that failed is tried again, if nothing changes on the host before.
+const RETRY: Duration = Duration::from_secs(5);
 
 /// What a container's bind mounts become, found good.
 #[derive(Debug)]
@@ -57,12 +61,16 @@ struct Copied {
     target: String,
     /// As the copy is.
     tree: Tree,
+    /// Why it is not as the host has it, as was told last.
+    failure: Option<String>,
 }
 
 /// A folder of the guest, which needs none of the host.
 #[derive(Debug)]
 struct Local {
     folder: String,
+    /// Makes it for the first container that has it. Memory that is shared is always there.
+    make: Option<CopyFileRequest>,
     target: String,
 }
 
@@ -98,21 +106,22 @@ impl Plan {
     fn add(&mut self, id: &Id, path: &SharedPath) -> Result<(), Refusal> {
         let target = format!("{}/mounts/{}", folder(id), path.name);
         if path.destination == Path::new(SHARED_MEMORY) {
-            self.local.push(Local { folder: SHARED_MEMORY.into(), target });
+            self.local.push(Local { folder: SHARED_MEMORY.into(), make: None, target });
             return Ok(());
         }
         // As a bind mount does: what a link leads to now.
         let source = fs::canonicalize(&path.source)
             .map_err(|source| Refusal::Unreadable { path: path.source.clone(), source })?;
-        let tree = Tree::read(&source, |_| Ok(()))?;
+        let tree = Tree::read(&Source::open(&source)?, |_| Ok(()))?;
         let is_volume_of_pod = source.components().any(|part| part.as_os_str() == EMPTY_DIR);
-        if is_volume_of_pod && tree.is_empty_directory() {
-            let folder = format!("{GUEST_LOCAL_DIR}/{}", name_of(&source));
-            self.local.push(Local { folder, target });
+        let folder = format!("{GUEST_LOCAL_DIR}/{}", name_of(&source));
+        // Owner and mode are what the pod's `fsGroup` has made of them.
+        if let Some(make) = tree.new_directory(folder.clone()).filter(|_| is_volume_of_pod) {
+            self.local.push(Local { folder, make: Some(make), target });
         } else if path.read_only
             || (tree.is_file() && WRITABLE_FILES.iter().any(|file| path.destination == Path::new(file)))
         {
-            self.copied.push(Copied { source, target, tree: Tree::default() });
+            self.copied.push(Copied { source, target, tree: Tree::default(), failure: None });
         } else {
             return Err(Refusal::Unfit(
                 "it can be written to, and what is written to a copy does not come back".into(),
@@ -121,29 +130,33 @@ impl Plan {
         Ok(())
     }
 
-    /// Makes the copies in the guest.
-    pub async fn carry_out(self, id: &Id, vm: &Vm) -> Result<Copies> {
+    /// Makes the copies in the guest. Also what was made before an error is to be removed.
+    pub async fn carry_out(self, copies: &mut Copies, vm: &Vm) -> Result<()> {
         let guest = Guest { client: vm.guest.clone(), limit: vm.request_limit };
         for local in &self.local {
             guest.bind(local).await?;
         }
-        let mut copies = Copies { id: id.clone(), following: None };
         if self.copied.is_empty() {
-            return Ok(copies);
+            return Ok(());
         }
-        let watch = Watch::new().map_err(Error::host(
-            "watch the host's files for changes (the sysctl fs.inotify.max_user_instances limits how many containers may)",
+        let watch = vm.ways.watch.get_or_try_init(|| async { Watch::new() }).await.map_err(Error::host(
+            "watch the host's files for changes (the sysctl fs.inotify.max_user_instances limits how many sandboxes may)",
         ))?;
         let mut copied = self.copied;
         for copy in &mut copied {
-            copy.update(&watch, &guest).await?;
+            copy.update(watch, &guest).await?;
         }
-        copies.following = Some(Following(tokio::spawn(follow(copied, watch, guest)).abort_handle()));
-        Ok(copies)
+        copies.following = Some(Following(tokio::spawn(follow(copied, watch.clone(), guest)).abort_handle()));
+        Ok(())
     }
 }
 
 impl Copies {
+    /// Those of container `id`, before there are any.
+    pub fn none(id: &Id) -> Self {
+        Self { id: id.clone(), following: None }
+    }
+
     /// Takes them out of the guest.
     pub async fn remove(self, vm: &Vm) {
         drop(self.following);
@@ -154,13 +167,19 @@ impl Copies {
     }
 }
 
-/// Updates the copies whenever something changes on the host.
-async fn follow(mut copied: Vec<Copied>, watch: Watch, guest: Guest) {
-    while watch.changed().await.is_ok() {
+/// Updates the copies whenever something changes on the host, and a while after they could not be.
+async fn follow(mut copied: Vec<Copied>, mut watch: Watch, guest: Guest) {
+    loop {
+        let limit = if copied.iter().any(|copy| copy.failure.is_some()) { RETRY } else { Duration::MAX };
+        if let Ok(Err(_)) = timeout(limit, watch.changed()).await {
+            return;
+        }
         for copy in &mut copied {
-            if let Err(error) = copy.update(&watch, &guest).await {
-                warn!(file = %copy.source.display(), error = %sentence(&error), "the guest keeps an older copy");
+            let failure = copy.update(&watch, &guest).await.err().map(|error| sentence(&error));
+            if let Some(error) = failure.as_ref().filter(|_| failure != copy.failure) {
+                warn!(file = %copy.source.display(), %error, "the guest keeps an older copy");
             }
+            copy.failure = failure;
         }
     }
 }
@@ -171,9 +190,12 @@ impl Copied {
         let (source, watch, target) = (self.source.clone(), watch.clone(), self.target.clone());
         let old = std::mem::take(&mut self.tree);
         let looked = spawn_blocking(move || {
-            let changes = Tree::read(&source, |path| watch.add(path))
-                .and_then(|new| Ok((new.changes_from(&old, &source, &target)?, new)));
-            (changes, old)
+            let changes = || -> Result<_, Refusal> {
+                let source = Source::open(&source)?;
+                let mut new = Tree::read(&source, |path| watch.add(path))?;
+                Ok((new.changes_from(&old, &source, &target)?, new))
+            };
+            (changes(), old)
         });
         let (changes, old) = looked.await.map_err(|error| Error::host("look at the host's files")(error.into()))?;
         let sent = match changes {
@@ -209,10 +231,7 @@ impl Guest {
 
     /// Shows the folder at the target.
     async fn bind(&self, local: &Local) -> Result<()> {
-        if local.folder.starts_with(GUEST_LOCAL_DIR) {
-            let (path, kind) = (local.folder.clone(), FileKind::DIRECTORY.into());
-            self.copy(&[CopyFileRequest { path, kind, mode: 0o777, ..Default::default() }]).await?;
-        }
+        self.copy(local.make.as_slice()).await?;
         let storage = Storage {
             driver: "bind".into(),
             source: local.folder.clone(),
@@ -258,6 +277,7 @@ fn refused(path: &SharedPath, refusal: &Refusal) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     fn path(source: &Path, destination: &str, read_only: bool) -> SharedPath {
         let (source, destination) = (source.to_owned(), destination.into());
@@ -291,12 +311,17 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_volume_of_the_pod_is_a_folder_of_the_guest() {
+    fn an_empty_volume_of_the_pod_is_a_folder_of_the_guest_with_the_hosts_mode() {
         let dir = tempfile::tempdir().unwrap();
         let volume = dir.path().join("pods/7/volumes/kubernetes.io~empty-dir/cache");
         fs::create_dir_all(&volume).unwrap();
+        // As the kubelet does for a pod's fsGroup.
+        fs::set_permissions(&volume, fs::Permissions::from_mode(0o2770)).unwrap();
         let plan = plan(path(&volume, "/cache", false)).unwrap();
-        assert!(plan.local[0].folder.starts_with("/run/caisson/local/"));
+        let [Local { folder, make: Some(make), .. }] = &plan.local[..] else { panic!("{plan:?}") };
+        assert!(folder.starts_with("/run/caisson/local/") && make.path == *folder, "{plan:?}");
+        assert_eq!((make.kind.unwrap(), make.mode), (FileKind::NEW_DIRECTORY, 0o2770));
+        assert_eq!((make.uid, make.gid), (volume.metadata().unwrap().uid(), volume.metadata().unwrap().gid()));
     }
 
     #[test]

@@ -40,6 +40,15 @@ async fn a_container_on_disks_leaves_only_the_images_of_its_layers() {
 }
 
 #[tokio::test]
+async fn an_image_that_is_too_much_goes_with_the_sandbox_that_was_the_last_to_use_it() {
+    let pod = Pod::start_with("small", &["true"], Setup { layer_cache_mib: 0, ..on_disks() }).await;
+    pod.create().await.unwrap();
+    assert_eq!(pod.cached().len(), 1);
+    pod.shutdown_now().await;
+    assert!(pod.cached().is_empty(), "{:?}", pod.cached());
+}
+
+#[tokio::test]
 async fn a_further_container_brings_only_the_layers_that_the_machine_does_not_have() {
     let pod = Pod::start_with("pod", &["true"], on_disks()).await;
     pod.create().await.unwrap();
@@ -138,6 +147,32 @@ async fn a_file_whose_name_another_takes_is_copied_again() {
     fs::write(&file, "three").unwrap();
     pod.journal_says("REGULAR_FILE shared/dns/mounts/0 three").await;
     pod.shutdown_now().await;
+}
+
+#[tokio::test]
+async fn a_copy_that_failed_is_made_again_without_another_change() {
+    let host = tempfile::tempdir().unwrap();
+    fs::write(host.path().join("key"), "one").unwrap();
+    let setup = with_mount(host.path().to_str().unwrap(), &["rbind", "ro"]);
+    let pod = Pod::start_with("again", &["true"], Setup { variables: &[("FAKE_REFUSES", "two")], ..setup }).await;
+    pod.create().await.unwrap();
+    fs::write(host.path().join("key"), "two").unwrap();
+    pod.journal_says("refused shared/again/mounts/0/key").await;
+    pod.journal_says("REGULAR_FILE shared/again/mounts/0/key two").await;
+    pod.shutdown_now().await;
+}
+
+#[tokio::test]
+async fn a_container_whose_copies_cannot_be_made_leaves_none_in_the_guest() {
+    let host = tempfile::tempdir().unwrap();
+    fs::write(host.path().join("key"), "one").unwrap();
+    let setup = with_mount(host.path().to_str().unwrap(), &["rbind", "ro"]);
+    let pod = Pod::start_with("half", &["true"], Setup { variables: &[("FAKE_REFUSES", "one")], ..setup }).await;
+    let refused = status(pod.create().await);
+    assert!(refused.message.contains("copy a file of the host into the guest: the guest has no room"), "{refused}");
+    assert_eq!(pod.journal().last().unwrap(), "NOTHING shared/half ");
+    pod.shutdown().await;
+    pod.assert_nothing_left();
 }
 
 #[tokio::test]

@@ -52,13 +52,15 @@ pub struct Setup<'a> {
     pub boot_ms: u32,
     /// Whether root filesystems are disks and nothing is shared.
     pub disks: bool,
+    /// What may be kept of images that nobody uses.
+    pub layer_cache_mib: u64,
     /// The container's mounts, as in `config.json`.
     pub mounts: serde_json::Value,
 }
 
 impl Default for Setup<'_> {
     fn default() -> Self {
-        Self { variables: &[], boot_ms: 20_000, disks: false, mounts: serde_json::json!([]) }
+        Self { variables: &[], boot_ms: 20_000, disks: false, layer_cache_mib: 100, mounts: serde_json::json!([]) }
     }
 }
 
@@ -112,7 +114,7 @@ impl Pod {
             .register_service(create_config(Arc::new(FakeConfig {
                 asked: config_asked.clone(),
                 boot_ms: setup.boot_ms,
-                layer_cache: setup.disks.then(|| path.join("cache").to_str().unwrap().to_owned()),
+                block_rootfs: setup.disks.then(|| block_rootfs(&path.join("cache"), setup.layer_cache_mib)),
             })));
         configuration.start().await.unwrap();
 
@@ -383,7 +385,7 @@ struct FakeConfig {
     asked: Arc<Notify>,
     boot_ms: u32,
     /// `None`: everything is shared.
-    layer_cache: Option<String>,
+    block_rootfs: Option<BlockRootfs>,
 }
 
 #[async_trait]
@@ -400,14 +402,15 @@ impl Config for FakeConfig {
                 ..Default::default()
             }),
             log_level: "info".into(),
-            shared_fs: self.layer_cache.is_none().then(SharedFs::new).into(),
-            block_rootfs: self.layer_cache.clone().map(block_rootfs).into(),
+            shared_fs: self.block_rootfs.is_none().then(SharedFs::new).into(),
+            block_rootfs: self.block_rootfs.clone().into(),
             ..Default::default()
         };
         Ok(ResolveResponse { config: MessageField::some(config), ..Default::default() })
     }
 }
 
-fn block_rootfs(layer_cache_path: String) -> BlockRootfs {
-    BlockRootfs { layer_cache_path, layer_cache_mib: 100, max_disks: 4, ..Default::default() }
+fn block_rootfs(cache: &Path, layer_cache_mib: u64) -> BlockRootfs {
+    let layer_cache_path = cache.to_str().unwrap().to_owned();
+    BlockRootfs { layer_cache_path, layer_cache_mib, max_disks: 4, ..Default::default() }
 }

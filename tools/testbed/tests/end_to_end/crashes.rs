@@ -60,6 +60,29 @@ fn a_hypervisor_that_is_killed_under_its_second_launcher_ends_the_container_with
 }
 
 #[test]
+fn a_shim_lets_the_dead_of_its_lost_launcher_go() -> Result<()> {
+    let containerd = Containerd::of_this_build()?;
+    if containerd.hypervisor().name() == Hypervisor::BUILTIN {
+        return Ok(());
+    }
+    let id = containerd.run_detached(&[], &["sleep", "600"])?;
+    kill(&launcher(&containerd)?, LIMIT)?;
+    containerd.log().wait_for("another one goes on", LIMIT)?;
+    kill_all(&containerd, &containerd.hypervisor().process())?;
+    containerd.log().wait_for("the virtual machine ended", LIMIT)?;
+    for shim in containerd.scope().processes_named(SHIM)? {
+        let dead: Vec<_> = procfs::process::all_processes()?
+            .filter_map(|process| process.ok()?.stat().ok())
+            .filter(|process| process.ppid == shim.pid && process.state == 'Z')
+            .collect();
+        ensure!(dead.is_empty(), "the shim waits for none of {dead:?}");
+    }
+    containerd.remove(&id)?;
+    containerd.assert_nothing_left();
+    Ok(())
+}
+
+#[test]
 fn what_a_killed_shim_and_its_killed_launcher_leave_is_cleaned_up_by_containerd() -> Result<()> {
     let containerd = Containerd::of_this_build()?;
     let id = containerd.fresh_id();
