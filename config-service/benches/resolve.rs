@@ -106,12 +106,9 @@ fn largest_configuration(host: &Host) -> PathBuf {
         host.program(&format!("bin/{program}"), "exit 1");
     }
     let text = text(hypervisor);
-    let text =
-        text.replace("/usr/share/caisson/vmlinux", "DIR/kernel").replace("/usr/share/caisson/initrd.img", "DIR/initrd");
-    host.write(
-        "etc/config.d/00-host.toml",
-        &format!("[hypervisor.{hypervisor}]\nvirtio_fs_daemon = \"DIR/bin/virtiofsd\""),
-    );
+    let text = [("vmlinux", "kernel"), ("bzImage", "kernel"), ("initrd.img", "initrd")]
+        .iter()
+        .fold(text, |text, (from, to)| text.replace(&format!("/usr/share/caisson/{from}"), &format!("DIR/{to}")));
     host.write("etc/configuration.toml", &text)
 }
 

@@ -1,6 +1,6 @@
 //! The commented configuration of each hypervisor, written from the keys themselves, and which of them a host gets.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use toml::Value;
 
@@ -36,6 +36,10 @@ pub const FILES: [DefaultFile; 7] = [
 const FALLBACK: DefaultFile = FILES[0];
 /// The hypervisor that needs nothing installed.
 const PREFERRED: DefaultFile = FILES[3];
+/// image-builder's kernel in the format that most hypervisors boot, of an installation below `/usr`.
+pub const KERNEL: &str = "/usr/share/caisson/vmlinux";
+/// Its initrd.
+pub const INITRD: &str = "/usr/share/caisson/initrd.img";
 /// Line width of prose.
 const WIDTH: usize = 118;
 
@@ -62,7 +66,7 @@ pub async fn generate(installation: &Installation, prefix: &Path) -> Vec<(&'stat
 
 /// The built-in VMM where its launcher says that it can run guests here, otherwise QEMU.
 pub async fn recommend(installation: &Installation) -> Recommendation {
-    let told = Launchers::default().capabilities(installation, PREFERRED.hypervisor, "", &mut Watch::new()).await;
+    let told = Launchers::default().capabilities(installation, PREFERRED.hypervisor, ("", ""), &mut Watch::new()).await;
     match told {
         Ok(_) => Recommendation { file: PREFERRED, reason: "KVM runs guests on this host".to_owned() },
         Err(Silence::NotInstalled) => {
@@ -86,7 +90,7 @@ pub fn text(hypervisor: &str, options: &[LauncherOption], prefix: &Path) -> Stri
     file.prose(&names(known, hypervisor));
     file.0.push_str(&format!("\n[hypervisor.{hypervisor}]\n"));
     for key in key_doc::common(options) {
-        file.key(&key, set(&key.name, prefix).as_ref());
+        file.key(&key, set(&key, prefix).as_ref());
     }
     let own = key_doc::own(options);
     if !own.is_empty() {
@@ -107,13 +111,19 @@ const INTRODUCTION: &str = "Lines that begin with \"#key\" (no space) show a key
     force and why.";
 
 /// What a default file sets, since it depends on where caisson is installed.
-fn set(key: &str, prefix: &Path) -> Option<Value> {
-    let file = match key {
-        "kernel" => "share/caisson/vmlinux",
-        "initrd" => "share/caisson/initrd.img",
+fn set(key: &KeyDoc, prefix: &Path) -> Option<Value> {
+    let file = match key.name.as_str() {
+        // The launcher knows which format its hypervisor boots.
+        "kernel" => below(prefix, key.default.as_str()?),
+        "initrd" => below(prefix, INITRD),
         _ => return None,
     };
-    Some(prefix.join(file).display().to_string().into())
+    Some(file.display().to_string().into())
+}
+
+/// Where a `file` of an installation below `/usr` is in one below `prefix`.
+pub fn below(prefix: &Path, file: &str) -> PathBuf {
+    prefix.join(file.strip_prefix("/usr/").unwrap_or(file))
 }
 
 fn names(known: Option<&Known>, hypervisor: &str) -> String {

@@ -20,12 +20,15 @@ pub const ADMINISTRATOR_FILE: &str = "/etc/caisson/configuration.toml";
 /// Where the installation's own configuration lies, below its prefix.
 pub const SHIPPED_FILE: &str = "share/defaults/caisson/configuration.toml";
 
+/// Where distributions put programs that only programs execute: virtiofsd.
+const HELPER_DIRS: [&str; 2] = ["/usr/libexec", "/usr/lib"];
+
 /// Where to look for what.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Installation {
     /// The first that exists is the configuration of a request that names none.
     pub configurations: Vec<PathBuf>,
-    /// Where programs are, first match wins: this program's own directory, then `PATH`.
+    /// Where programs are, first match wins: this program's own directory, then `PATH`, then [`HELPER_DIRS`].
     pub program_dirs: Vec<PathBuf>,
 }
 
@@ -43,7 +46,8 @@ impl Installation {
             None => [PathBuf::from(ADMINISTRATOR_FILE)].into_iter().chain(shipped).collect(),
         };
         let path = path_variable.map(|path| env::split_paths(path).collect::<Vec<_>>()).unwrap_or_default();
-        Self { configurations, program_dirs: program_dir.into_iter().chain(path).collect() }
+        let program_dirs = program_dir.into_iter().chain(path).chain(HELPER_DIRS.map(PathBuf::from)).collect();
+        Self { configurations, program_dirs }
     }
 
     /// The configuration to read: `requested`, or the first of the lookup order.
@@ -128,7 +132,8 @@ mod tests {
     #[test]
     fn programs_beside_this_one_come_before_those_in_path() {
         let installation = Installation::new(None, Some("/bin:/sbin".as_ref()), Some("/opt/bin".into()));
-        assert_eq!(installation.program_dirs, ["/opt/bin", "/bin", "/sbin"].map(PathBuf::from));
+        let expected = ["/opt/bin", "/bin", "/sbin", "/usr/libexec", "/usr/lib"].map(PathBuf::from);
+        assert_eq!(installation.program_dirs, expected);
     }
 
     #[test]

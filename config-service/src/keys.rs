@@ -36,7 +36,7 @@ pub enum Takes {
     Choice(&'static [&'static str], fn(&mut Draft, String)),
     /// An existing file, or "" for none.
     File(fn(&mut Draft, String)),
-    /// An existing program, or "" for the launcher's own choice.
+    /// An existing program, or "" for what is found without being named.
     Program(fn(&mut Draft, String)),
     /// A folder, which need not exist.
     Folder(fn(&mut Draft, String)),
@@ -215,9 +215,10 @@ pub const HYPERVISOR: &[Key] = &[
     },
     Key {
         name: "virtio_fs_daemon",
-        default: "\"/usr/libexec/virtiofsd\"",
+        default: "\"\"",
         takes: Takes::Program(|draft, path| shared_fs(draft).daemon_path = path),
-        meaning: "virtiofsd, which serves the shared directory.",
+        meaning: "virtiofsd, which serves the shared directory; \"\" is the one that is found beside caisson's programs, on \
+                  the PATH, in /usr/libexec or in /usr/lib.",
     },
     Key {
         name: "virtio_fs_cache",

@@ -204,8 +204,8 @@ pub(crate) enum Silence {
 #[derive(Debug, Default)]
 pub(crate) struct Launchers {
     options: HashMap<PathBuf, Told<[LauncherOption]>>,
-    /// By the launcher and the hypervisor's program.
-    capabilities: HashMap<(PathBuf, String), Told<Capabilities>>,
+    /// By the launcher, the hypervisor's program and the options.
+    capabilities: HashMap<(PathBuf, String, String), Told<Capabilities>>,
 }
 
 #[derive(Debug)]
@@ -238,12 +238,13 @@ impl Launchers {
         Ok(answer)
     }
 
-    /// What the hypervisor's program at `path` can do; "" is the launcher's own choice.
+    /// What the hypervisor's program at `path` can do with the launcher's own `options`, a TOML table; "" is the launcher's
+    /// choice.
     pub(crate) async fn capabilities(
         &mut self,
         installation: &Installation,
         hypervisor: &str,
-        path: &str,
+        (path, options): (&str, &str),
         watch: &mut Watch,
     ) -> Result<Arc<Capabilities>, Silence> {
         let Some((program, metadata)) = installation.find_program(&program(hypervisor), watch) else {
@@ -251,13 +252,11 @@ impl Launchers {
         };
         let theirs = if path.is_empty() { None } else { watch.look(Path::new(path)) };
         let stamps = [Some(Stamp::of(&metadata)), theirs.as_ref().map(Stamp::of)];
-        let key = (program, path.to_owned());
+        let key = (program, path.to_owned(), options.to_owned());
         if let Some(told) = self.capabilities.get(&key).filter(|told| told.stamps == stamps) {
             return Ok(told.answer.clone());
         }
-        let question = ["capabilities", "--json", "--hypervisor", path];
-        let question = if path.is_empty() { &question[..2] } else { &question };
-        let answer = ask(&key.0, question).await;
+        let answer = ask(&key.0, &["capabilities", "--json", "--hypervisor", path, "--options", options]).await;
         let answer = answer.map_err(|why| Silence::Failed(format!("ask {} what it can do: {why}", key.0.display())));
         let answer: Arc<Capabilities> = Arc::new(answer?);
         if answer.accelerator.is_empty() && !answer.accelerator_reason.is_empty() {

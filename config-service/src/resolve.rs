@@ -10,7 +10,7 @@ use caisson_protocol::config::SandboxConfig;
 
 use crate::{
     annotations::{self, Wish},
-    check::{self, Checked, Refused, Setting},
+    check::{self, Checked, NamedFile, Refused, Setting},
     document::Table,
     files::{self, Wanted},
     hypervisor::{self, Hypervisor},
@@ -22,6 +22,9 @@ use crate::{
     sizing,
     watch::Watch,
 };
+
+/// What serves shared directories.
+const DAEMON: &str = "virtiofsd";
 
 /// A configuration without problems.
 #[derive(Clone, Debug)]
@@ -89,6 +92,20 @@ impl Resolver {
         self.resolve_layers(&found.file, &layers, &mut watch).await
     }
 
+    /// What the configuration comes to as far as nothing is wrong with it, and what is, a sentence each.
+    pub(crate) async fn examine_found(&mut self, found: &Found) -> (SandboxConfig, Vec<String>) {
+        let mut watch = Watch::new();
+        let document = load::read(found, &mut watch).and_then(|layers| load::merge(&layers));
+        let (config, problems) = match document {
+            Ok(document) => {
+                let checked = self.examine(&document, &mut watch).await;
+                (checked.config, checked.problems)
+            }
+            Err(problems) => (SandboxConfig::default(), problems),
+        };
+        (config, Problems::of(Some(&found.file), problems).sentences())
+    }
+
     /// What the `layers` of the configuration `file` come to.
     pub(crate) async fn resolve_layers(
         &mut self,
@@ -135,8 +152,19 @@ impl Resolver {
     }
 
     async fn judge(&mut self, file: &Path, document: Table, watch: &mut Watch) -> Result<Resolved, Problems> {
+        let checked = self.examine(&document, watch).await;
+        if !checked.problems.is_empty() {
+            return Err(Problems::of(Some(file), checked.problems));
+        }
+        let config = SandboxConfig { origin: file.display().to_string(), ..checked.config };
+        let files = checked.files.into_iter().map(|file| file.path).collect();
+        Ok(Resolved { config, settings: checked.settings, file: file.to_owned(), document, files })
+    }
+
+    /// Checks `document` for the hypervisor that it chooses, with all that its launcher and this host tell.
+    async fn examine(&mut self, document: &Table, watch: &mut Watch) -> Checked {
         let mut problems = Vec::new();
-        let chosen = hypervisor::choose(&document).map_err(|problem| problems.push(problem)).ok();
+        let chosen = hypervisor::choose(document).map_err(|problem| problems.push(problem)).ok();
         let options = match &chosen {
             Some(chosen) => {
                 let options = self.launchers.options(&self.installation, &chosen.name, watch).await;
@@ -145,13 +173,14 @@ impl Resolver {
             None => None,
         };
         let name = chosen.as_ref().map(|chosen| chosen.name.as_str());
-        let mut checked = check::check(&document, name, options.as_deref());
+        let mut checked = check::check(document, name, options.as_deref());
+        let no_daemon = self.find_daemon(&mut checked, watch);
         self.name_others_that_take(&mut checked, watch).await;
         checked.problems.append(&mut problems);
+        checked.problems.extend(no_daemon);
         let capabilities = match &chosen {
             Some(chosen) if options.is_some() => {
-                let path = checked.config.vm.hypervisor_path.clone();
-                let told = self.capabilities(chosen, &path, watch).await;
+                let told = self.capabilities(chosen, &checked.config, watch).await;
                 told.map_err(|problem| checked.problems.push(problem)).ok().flatten()
             }
             _ => None,
@@ -164,27 +193,45 @@ impl Resolver {
             }
             checked.problems.push(problem);
         }
-        checked.problems.extend(self.check_unused(&document, name.unwrap_or_default(), watch).await);
+        checked.problems.extend(self.check_unused(document, name.unwrap_or_default(), watch).await);
+        checked
+    }
 
-        if !checked.problems.is_empty() {
-            return Err(Problems::of(Some(file), checked.problems));
-        }
-        let config = SandboxConfig { origin: file.display().to_string(), ..checked.config };
-        let files = checked.files.into_iter().map(|file| file.path).collect();
-        Ok(Resolved { config, settings: checked.settings, file: file.to_owned(), document, files })
+    /// Has the configuration name the virtiofsd that is found where it names none, or tells that there is none.
+    fn find_daemon(&self, checked: &mut Checked, watch: &mut Watch) -> Option<Problem> {
+        let shared_fs = checked.config.shared_fs.as_mut().filter(|shared_fs| shared_fs.daemon_path.is_empty())?;
+        let key = format!("hypervisor.{}.virtio_fs_daemon", checked.config.hypervisor);
+        let at = checked.settings.iter().position(|setting| setting.key == key)?;
+        let setting = &mut checked.settings[at];
+        let Some((path, _)) = self.installation.find_program(DAEMON, watch) else {
+            let looked = self.program_dirs();
+            let text = format!("there is no {DAEMON} in {looked}; install it, or set this to where it is");
+            return Some(Problem::of_key(setting.origin.as_ref(), key, text));
+        };
+        shared_fs.daemon_path = path.display().to_string();
+        setting.value = shared_fs.daemon_path.clone().into();
+        checked.files.push(NamedFile { setting: at, path, wanted: Wanted::Program });
+        None
+    }
+
+    /// For messages.
+    fn program_dirs(&self) -> String {
+        let dirs = self.installation.program_dirs.iter().map(|dir| dir.display().to_string());
+        dirs.collect::<Vec<_>>().join(", ")
     }
 
     /// What the hypervisor can do; nothing when its program is missing, which is told elsewhere.
     async fn capabilities(
         &mut self,
         chosen: &Hypervisor,
-        path: &str,
+        config: &SandboxConfig,
         watch: &mut Watch,
     ) -> Result<Option<Arc<Capabilities>>, Problem> {
+        let path = config.vm.hypervisor_path.as_str();
         if !path.is_empty() && files::examine(Path::new(path), Wanted::Program).is_err() {
             return Ok(None);
         }
-        let told = self.launchers.capabilities(&self.installation, &chosen.name, path, watch).await;
+        let told = self.launchers.capabilities(&self.installation, &chosen.name, (path, &config.options), watch).await;
         told.map(Some).map_err(|silence| self.silent(chosen, silence))
     }
 
@@ -208,7 +255,7 @@ impl Resolver {
     async fn able(&mut self, ability: Ability, chosen: &str, watch: &mut Watch) -> Vec<&'static str> {
         let mut able = Vec::new();
         for other in hypervisor::KNOWN.iter().filter(|known| known.name != chosen) {
-            let told = self.launchers.capabilities(&self.installation, other.name, "", watch).await;
+            let told = self.launchers.capabilities(&self.installation, other.name, ("", ""), watch).await;
             if told.is_ok_and(|told| told.has(ability)) {
                 able.push(other.name);
             }
@@ -237,11 +284,10 @@ impl Resolver {
         let problem = |text| Problem::of_key(Some(&hypervisor.place), &hypervisor.key, text);
         match silence {
             Silence::NotInstalled => {
-                let dirs: Vec<_> = self.installation.program_dirs.iter().map(|dir| dir.display().to_string()).collect();
                 let known = hypervisor::is_known(&hypervisor.name);
                 let suggestion = if known { String::new() } else { hypervisor::suggestion(&hypervisor.name) };
                 let program = launchers::program(&hypervisor.name);
-                problem(format!("{program} is not installed: looked in {}{suggestion}", dirs.join(", ")))
+                problem(format!("{program} is not installed: looked in {}{suggestion}", self.program_dirs()))
             }
             // It may have been busy.
             Silence::Failed(why) => problem(why).passing(),

@@ -16,7 +16,6 @@ pub(crate) fn examine(checked: &mut Checked, options: Option<&[LauncherOption]>,
         one_root_file_system(checked),
         maximum_is_no_minimum(checked, "default_vcpus", "default_maxvcpus"),
         maximum_is_no_minimum(checked, "default_memory", "default_maxmemory"),
-        daemon_is_named(checked),
         rootfs_has_a_way(checked),
         kernel_is_named(checked),
     ]
@@ -50,13 +49,6 @@ fn maximum_is_no_minimum(checked: &Checked, initial: &str, maximum: &str) -> Opt
     }
     let text = format!("found {most}, expected 0 or at least the {least} of {} at {}", initial.key, origin(initial));
     Some(Problem::of_key(maximum.origin.as_ref(), &maximum.key, text))
-}
-
-fn daemon_is_named(checked: &Checked) -> Option<Problem> {
-    let daemon = setting(checked, "virtio_fs_daemon")?;
-    let text = "found \"\", expected the absolute path of a program, since shared_fs is \"virtio-fs\"";
-    (checked.config.shared_fs.is_some() && is_empty(daemon))
-        .then(|| Problem::of_key(daemon.origin.as_ref(), &daemon.key, text))
 }
 
 fn kernel_is_named(checked: &Checked) -> Option<Problem> {

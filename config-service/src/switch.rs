@@ -10,13 +10,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use caisson_protocol::config::SandboxConfig;
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::{
     atomic,
     hypervisor::{self, KNOWN},
     installation::{ADMINISTRATOR_FILE, Found, Installation},
-    load,
     problem::{Problems, quote, suggest},
     resolve::Resolver,
     watch::Watch,
@@ -26,7 +26,7 @@ use crate::{
 const MAX_HISTORY: usize = 32;
 
 /// A configuration that can be put in force.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Listed {
     /// The file, symlinks resolved.
     pub path: PathBuf,
@@ -34,6 +34,8 @@ pub struct Listed {
     pub hypervisor: Option<String>,
     /// Whether a request without a path gets it.
     pub in_force: bool,
+    /// What a sandbox gets of it, as far as nothing is wrong with it.
+    pub config: SandboxConfig,
     /// Each a sentence; none when it can be used.
     pub problems: Vec<String>,
 }
@@ -99,12 +101,13 @@ pub async fn list(resolver: &mut Resolver) -> Vec<Listed> {
     let mut listed = Vec::new();
     for file in files {
         let found = Found { link: link(&installation).to_owned(), file };
-        let problems = resolver.resolve_found(&found).await.err().map(|problems| problems.sentences());
+        let (config, problems) = resolver.examine_found(&found).await;
         listed.push(Listed {
-            hypervisor: hypervisor_of(&found),
+            hypervisor: Some(config.hypervisor.clone()).filter(|name| !name.is_empty()),
             in_force: in_force.as_ref() == Some(&found.file),
-            problems: problems.unwrap_or_default(),
             path: found.file,
+            config,
+            problems,
         });
     }
     listed
@@ -154,12 +157,6 @@ fn configurations_in(dir: &Path) -> Vec<PathBuf> {
         .filter(|name| name.starts_with("configuration-") && name.ends_with(".toml"))
         .map(|name| dir.join(name))
         .collect()
-}
-
-fn hypervisor_of(found: &Found) -> Option<String> {
-    let layers = load::read(found, &mut Watch::new()).ok()?;
-    let document = load::merge(&layers).ok()?;
-    hypervisor::choose(&document).ok().map(|chosen| chosen.name)
 }
 
 /// The configuration of the hypervisor `name`, which may be any of its names.

@@ -2,6 +2,7 @@
 
 mod host;
 
+use caisson_config_service::resolve::Resolver;
 use host::Host;
 
 /// One test: what is written below the host's files, and every problem that is told.
@@ -132,8 +133,7 @@ mistake!(two_hypervisors_need_a_choice:
 mistake!(a_misspelt_hypervisor_gets_the_nearest_one:
     "[runtime]\nhypervisor = \"qmeu\"" =>
     "DIR/etc/configuration.toml:5:1: runtime.hypervisor: caisson-vmm-qmeu is not installed: looked in DIR/bin; did you mean \"qemu\"?",
-    "hypervisor.qmeu.kernel: /usr/share/caisson/vmlinux, the default, does not exist",
-    "hypervisor.qmeu.virtio_fs_daemon: /usr/libexec/virtiofsd, the default, does not exist");
+    "hypervisor.qmeu.kernel: /usr/share/caisson/vmlinux, the default, does not exist");
 
 mistake!(a_hypervisor_is_no_path:
     "[runtime]\nhypervisor = \"../../evil\"" =>
@@ -336,6 +336,27 @@ async fn what_another_hypervisor_can_is_told() {
     );
 }
 
+/// One resolver: what it remembers of one machine does not hold for the other.
+#[tokio::test]
+async fn what_can_be_done_is_asked_with_the_options_that_are_written() {
+    let host = Host::new();
+    host.program(
+        "bin/caisson-vmm-qemu",
+        r#"if [ $1 = options ]; then echo '[{"key": "machine_type", "type": "string", "default": "microvm"}]'; exit; fi
+case $6 in *q35*) can='"resize-vcpus"';; *) why='"resize-vcpus": "microvm is as it is"';; esac
+echo "{\"version\": \"1\", \"devices\": [\"fs\"], \"operations\": [$can], \"missing\": {$why}}""#,
+    );
+    let more = "default_maxvcpus = 4\n";
+    let microvm = host.configure_as("etc/microvm.toml", more);
+    let q35 = host.configure_as("etc/q35.toml", &format!("{more}machine_type = \"q35\""));
+    let mut resolver = Resolver::new(host.installation());
+    let refused = resolver.resolve(Some(&microvm)).await.map(drop).unwrap_err();
+    let told = "DIR/etc/microvm.toml:4:1: hypervisor.qemu.default_maxvcpus: found 4, but qemu 1 has no vCPU hotplug \
+                (microvm is as it is); set it to 0";
+    assert_eq!(host.sentences(&refused), [told]);
+    assert_eq!(resolver.resolve(Some(&q35)).await.unwrap().config.vm.max_vcpus, 4);
+}
+
 beyond!(a_host_without_kvm_is_not_for_every_hypervisor:
     r#"{"devices": ["fs"], "accelerator": "", "accelerator_reason": "there is no /dev/kvm"}"#, "" =>
     "DIR/etc/configuration.toml:1:13: hypervisor.qemu: cannot run here: there is no /dev/kvm");
@@ -390,15 +411,31 @@ async fn a_way_that_is_switched_off_contradicts_itself() {
 #[tokio::test]
 async fn no_kernel_is_no_virtual_machine() {
     let host = Host::new();
-    host.write("etc/configuration.toml", "[hypervisor.qemu]\nkernel = \"\"\nvirtio_fs_daemon = \"\"");
+    host.write("etc/configuration.toml", "[hypervisor.qemu]\nkernel = \"\"");
     assert_eq!(
         host.resolve().await.unwrap_err(),
-        [
-            "DIR/etc/configuration.toml:2:1: hypervisor.qemu.kernel: found \"\", expected the absolute path of a file",
-            "DIR/etc/configuration.toml:3:1: hypervisor.qemu.virtio_fs_daemon: found \"\", expected the absolute path \
-             of a program, since shared_fs is \"virtio-fs\""
-        ]
+        ["DIR/etc/configuration.toml:2:1: hypervisor.qemu.kernel: found \"\", expected the absolute path of a file"]
     );
+}
+
+#[tokio::test]
+async fn a_virtiofsd_that_is_nowhere_is_told_with_where_it_was_looked_for() {
+    let host = Host::new();
+    host.write("etc/configuration.toml", "[hypervisor.qemu]\nkernel = \"DIR/kernel\"");
+    std::fs::remove_file(host.path("bin/virtiofsd")).unwrap();
+    assert_eq!(
+        host.resolve().await.unwrap_err(),
+        ["hypervisor.qemu.virtio_fs_daemon: there is no virtiofsd in DIR/bin; install it, or set this to where it is"]
+    );
+}
+
+#[tokio::test]
+async fn without_shared_directories_no_virtiofsd_is_looked_for() {
+    let host = Host::new();
+    host.write("etc/configuration.toml", "[hypervisor.qemu]\nkernel = \"DIR/kernel\"\nshared_fs = \"none\"");
+    std::fs::remove_file(host.path("bin/virtiofsd")).unwrap();
+    host.able_launcher("qemu", "[]", r#"{"version": "1", "devices": ["block"]}"#);
+    assert!(host.resolve().await.unwrap().config.shared_fs.is_none());
 }
 
 #[tokio::test]

@@ -25,7 +25,8 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// The given agent, or the one beside this program, or the one in the workspace around the current directory.
+    /// The given agent, or the one in the workspace around the current directory, or the one beside this program, which
+    /// may be one that was built for tests.
     pub fn find(given: Option<&Path>) -> Result<Self> {
         if let Some(path) = given {
             return Self::open(path);
@@ -51,7 +52,7 @@ fn candidates() -> Vec<PathBuf> {
     let beside = std::env::current_exe().ok().and_then(|path| Some(path.parent()?.join(NAME)));
     let here = std::env::current_dir().unwrap_or_default();
     let workspace = here.ancestors().find(|directory| directory.join("Cargo.lock").is_file());
-    beside.into_iter().chain(workspace.map(|root| root.join(IN_WORKSPACE))).collect()
+    workspace.map(|root| root.join(IN_WORKSPACE)).into_iter().chain(beside).collect()
 }
 
 /// Refuses what is no x86-64 program, and what needs a dynamic linker.

@@ -35,7 +35,7 @@ enum Command {
         /// Where finished work is kept [default: $CAISSON_CACHE/images or /var/cache/caisson/images]
         #[arg(long, value_name = "DIR")]
         cache: Option<PathBuf>,
-        /// The guest agent, a static program [default: beside image-builder, or in the workspace's target directory]
+        /// The guest agent, a static program [default: in the workspace's target directory, or beside image-builder]
         #[arg(long, value_name = "PATH")]
         agent: Option<PathBuf>,
     },

@@ -24,7 +24,7 @@ pub struct Recipe {
 pub struct Kernel {
     /// Where the kernel comes from.
     pub flavour: KernelFlavour,
-    /// Debian package; by default `linux-image-cloud-amd64`, for `debian-source` `linux-source-6.1`.
+    /// Debian package; by default `linux-source-6.1`, for `debian-binary` `linux-image-cloud-amd64`.
     pub package: Option<String>,
     /// Version of the package; by default the newest that apt's lists offer.
     pub version: Option<String>,
@@ -36,11 +36,11 @@ pub struct Kernel {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KernelFlavour {
-    /// Debian's compiled package, with modules.
-    #[default]
-    DebianBinary,
     /// Debian's source package with our small configuration, nothing modular.
+    #[default]
     DebianSource,
+    /// Debian's compiled package, with modules.
+    DebianBinary,
 }
 
 /// The initial RAM disk.
@@ -188,6 +188,9 @@ impl Recipe {
         if let Some(name) = self.kernel.modules.iter().find(|name| !is_module_name(name)) {
             return Err(format!("key `kernel.modules`: `{name}` is not a module name, such as `virtio_blk`"));
         }
+        if self.kernel.flavour == KernelFlavour::DebianSource && self.kernel.modules != DEFAULT_MODULES {
+            return Err("key `kernel.modules` needs `flavour = \"debian-binary\"` under [kernel]".to_owned());
+        }
         if self.rootfs.flavour == RootfsFlavour::Minimal && !self.rootfs.packages.is_empty() {
             return Err(
                 "key `rootfs.packages` needs `flavour = \"debian\"` or `flavour = \"test-host\"` under [rootfs]"
@@ -271,6 +274,13 @@ mod tests {
     fn an_unknown_value_names_the_accepted_ones() {
         let error = parse("[rootfs]\nformat = \"xfs\"\n").unwrap_err();
         assert_eq!(error, "guest.toml: line 2: unknown variant `xfs`, expected `erofs` or `ext4`");
+    }
+
+    #[test]
+    fn modules_of_a_kernel_that_has_none_are_refused() {
+        let error = parse("[kernel]\nmodules = [\"kvm_amd\"]").unwrap_err();
+        assert!(error.ends_with("key `kernel.modules` needs `flavour = \"debian-binary\"` under [kernel]"), "{error}");
+        assert!(parse("[kernel]\nflavour = \"debian-binary\"\nmodules = [\"kvm_amd\"]").is_ok());
     }
 
     #[test]

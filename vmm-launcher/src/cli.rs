@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     guest_vsock,
-    hypervisor::{Hypervisor, capabilities},
+    hypervisor::{Hypervisor, capabilities, program},
     options::with_defaults,
     run, serve,
 };
@@ -31,8 +31,11 @@ enum Command {
     /// Print what the hypervisor can do on this machine
     Capabilities {
         /// The hypervisor's executable
-        #[arg(long)]
-        hypervisor: Option<PathBuf>,
+        #[arg(long, default_value = "", hide_default_value = true)]
+        hypervisor: String,
+        /// Some of the keys that `options` prints, as TOML: machine_type = "q35"
+        #[arg(long, value_name = "TOML", default_value = "", hide_default_value = true)]
+        options: String,
         /// As JSON, for programs
         #[arg(long)]
         json: bool,
@@ -127,15 +130,12 @@ fn execute<H: Hypervisor>(command: Command) -> anyhow::Result<ExitCode> {
         Command::Serve => runtime.block_on(serve::serve::<H>()).map(|()| ExitCode::SUCCESS),
         Command::Run(arguments) => runtime.block_on(run::run::<H>(*arguments)),
         Command::Options => {
-            // What is the launcher itself has no path that others could use.
-            let path = if H::DEFAULT_PATH.starts_with("/proc/") { "" } else { H::DEFAULT_PATH };
-            let options = with_defaults(H::options(), &[("path", path.into())]);
+            let options = with_defaults(H::options(), &[("path", program(H::DEFAULT_PATH).into())]);
             println!("{}", serde_json::to_string_pretty(&options)?);
             Ok(ExitCode::SUCCESS)
         }
-        Command::Capabilities { hypervisor, json } => {
-            let path = hypervisor.unwrap_or_else(|| H::DEFAULT_PATH.into());
-            let told = runtime.block_on(capabilities::<H>(&path))?;
+        Command::Capabilities { hypervisor, options, json } => {
+            let told = runtime.block_on(capabilities::<H>(&hypervisor, &options))?;
             match json {
                 true => println!("{:#}", capabilities_json(&told)),
                 false => print!("{}", capabilities_text(&told)),
@@ -174,6 +174,7 @@ fn capabilities_json(told: &CapabilitiesResponse) -> serde_json::Value {
         "confidential": told.confidential,
         "features": told.features,
         "missing": told.missing,
+        "hypervisor_path": told.hypervisor_path,
     })
 }
 

@@ -32,8 +32,8 @@ pub trait Hypervisor: Send + Sync + Sized + 'static {
     /// The backend's own option keys, for `options`: see [`crate::options::describe`].
     fn options() -> serde_json::Value;
 
-    /// What the hypervisor at `path` can do on this host.
-    fn capabilities(path: &Path) -> impl Future<Output = Result<CapabilitiesResponse>> + Send;
+    /// What the hypervisor at `path` can do on this host with the backend's own `options`, which are a TOML table.
+    fn capabilities(path: &Path, options: &str) -> impl Future<Output = Result<CapabilitiesResponse>> + Send;
 
     /// Starts the hypervisor and ends with the VM paused before its first instruction.
     fn create(request: &CreateRequest, audience: Audience) -> impl Future<Output = Result<Created<Self>>> + Send;
@@ -138,12 +138,15 @@ pub struct Adopted<H> {
     pub state: VmState,
 }
 
-/// What `H` can do on this host with the hypervisor at `path`: what it says itself, and what it says by its constants.
+/// What `H` can do on this host with the hypervisor at `path` and with `options`: what it says itself, and what it says by
+/// its constants. The default where `path` is empty.
 ///
 /// # Errors
-/// When the hypervisor cannot be asked.
-pub(crate) async fn capabilities<H: Hypervisor>(path: &Path) -> Result<CapabilitiesResponse> {
-    let mut told = H::capabilities(path).await?;
+/// When the hypervisor cannot be asked, or the options are none.
+pub(crate) async fn capabilities<H: Hypervisor>(path: &str, options: &str) -> Result<CapabilitiesResponse> {
+    let path = if path.is_empty() { H::DEFAULT_PATH } else { path };
+    let mut told = H::capabilities(Path::new(path), options).await?;
+    told.hypervisor_path = program(path).to_owned();
     match H::HUGE_PAGES {
         Ok(()) => told.features.push("huge-pages".into()),
         Err(why) => drop(told.missing.insert("huge-pages".into(), why.into())),
@@ -155,6 +158,11 @@ pub(crate) async fn capabilities<H: Hypervisor>(path: &Path) -> Result<Capabilit
     let none = || "sandboxes are given none of the host's devices, whatever the hypervisor could".into();
     told.missing.entry("cold-plug-vfio".into()).or_insert_with(none);
     Ok(told)
+}
+
+/// `path` as others can use it: what is the launcher itself has none.
+pub(crate) fn program(path: &str) -> &str {
+    if path.starts_with("/proc/") { "" } else { path }
 }
 
 async fn unsupported<T>(what: &str, hypervisor: &str) -> Result<T> {

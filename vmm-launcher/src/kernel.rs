@@ -13,6 +13,9 @@ pub enum KernelFormat {
     Elf,
 }
 
+/// Where caisson's own kernel is as a bzImage: the default of hypervisors that boot no vmlinux.
+pub const BZIMAGE: &str = "/usr/share/caisson/bzImage";
+
 /// Looks into `path`.
 ///
 /// # Errors

@@ -1,6 +1,6 @@
 //! The `Vmm` contract over ttrpc: messages in, [`Vm`]'s verbs, messages out.
 
-use std::{future::Future, path::Path, sync::Arc, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use caisson_protocol::{status::Status, vmm::*, vmm_ttrpc};
@@ -168,8 +168,7 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
         _: &TtrpcContext,
         request: CapabilitiesRequest,
     ) -> ttrpc::Result<CapabilitiesResponse> {
-        let path = if request.hypervisor_path.is_empty() { H::DEFAULT_PATH } else { &request.hypervisor_path };
-        answer(capabilities::<H>(Path::new(path)).await)
+        answer(capabilities::<H>(&request.hypervisor_path, &request.options).await)
     }
 
     async fn metrics(&self, _: &TtrpcContext, _: MetricsRequest) -> ttrpc::Result<MetricsResponse> {

@@ -5,7 +5,6 @@ use std::process::Command;
 
 use image_builder::cache::Cache;
 use image_builder::progress::Progress;
-use image_builder::recipe::Recipe;
 use image_builder::{Request, Target, build};
 
 /// How long a guest may take to boot and power off, emulated on a busy machine, in seconds.
@@ -35,7 +34,7 @@ fn a_guest_loads_every_module_and_has_our_filesystems_and_drivers() {
     let output = directory.path().join("output");
     let mut request = Request {
         target: Target::Kernel,
-        recipe: Recipe::default(),
+        recipe: crate::common::recipe(),
         output: output.clone(),
         cache: cache(directory.path()),
         agent: Some(crate::common::static_init(directory.path())),

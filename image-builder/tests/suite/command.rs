@@ -46,10 +46,28 @@ fn a_dynamic_agent_is_refused_with_the_remedy() {
 }
 
 #[test]
+fn the_agent_of_the_workspace_is_taken_rather_than_one_beside_the_program() {
+    let directory = tempfile::tempdir().unwrap();
+    let guest = directory.path().join("target/x86_64-unknown-linux-gnu/guest");
+    fs::create_dir_all(&guest).unwrap();
+    fs::write(directory.path().join("Cargo.lock"), "").unwrap();
+    fs::write(guest.join("caisson-agent"), "no program").unwrap();
+    let program = directory.path().join("image-builder");
+    fs::copy(env!("CARGO_BIN_EXE_image-builder"), &program).unwrap();
+    fs::copy("/bin/ls", directory.path().join("caisson-agent")).unwrap();
+    let mut command = Command::new(program);
+    command.current_dir(&directory).env("CAISSON_CACHE", directory.path().join("cache")).args(["build", "initrd"]);
+    let error = error_of(&command.output().unwrap());
+    assert!(error.contains("guest/caisson-agent") && error.contains("not a 64-bit ELF program"), "{error}");
+}
+
+#[test]
 fn a_missing_program_is_named_with_its_package() {
     let directory = tempfile::tempdir().unwrap();
-    let output =
-        image_builder(directory.path()).env("PATH", "/nonexistent").args(["build", "kernel"]).output().unwrap();
+    fs::write(directory.path().join("guest.toml"), "[kernel]\nflavour = \"debian-binary\"\n").unwrap();
+    let mut command = image_builder(directory.path());
+    command.env("PATH", "/nonexistent").args(["build", "kernel", "--manifest", "guest.toml"]);
+    let output = command.output().unwrap();
     assert_eq!(
         error_of(&output),
         "apt-cache is needed to look up Debian packages and is not installed; run: apt-get install apt"
@@ -74,7 +92,8 @@ fn a_version_that_is_not_there_is_answered_with_those_that_are() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    fs::write(directory.path().join("guest.toml"), "[kernel]\nversion = \"1.0\"\n").unwrap();
+    fs::write(directory.path().join("guest.toml"), "[kernel]\nflavour = \"debian-binary\"\nversion = \"1.0\"\n")
+        .unwrap();
     let output =
         image_builder(directory.path()).args(["build", "kernel", "--manifest", "guest.toml"]).output().unwrap();
     assert!(
@@ -88,7 +107,11 @@ fn a_module_that_the_kernel_has_not_is_named() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    fs::write(directory.path().join("guest.toml"), "[kernel]\nmodules = [\"virtio_blq\"]\n").unwrap();
+    fs::write(
+        directory.path().join("guest.toml"),
+        "[kernel]\nflavour = \"debian-binary\"\nmodules = [\"virtio_blq\"]\n",
+    )
+    .unwrap();
     let output =
         image_builder(directory.path()).args(["build", "kernel", "--manifest", "guest.toml"]).output().unwrap();
     assert!(error_of(&output).contains("has no module virtio_blq"));

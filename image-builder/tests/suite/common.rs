@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use image_builder::recipe::{Kernel, KernelFlavour, Recipe};
+
 /// Compiles `tests/guest/init.rs` into a static program.
 pub fn static_init(directory: &Path) -> PathBuf {
     let program = directory.join("init");
@@ -12,6 +14,12 @@ pub fn static_init(directory: &Path) -> PathBuf {
     let status = rustc.arg(&program).arg(source).status().expect("run rustc");
     assert!(status.success(), "rustc could not compile the guest's init");
     program
+}
+
+/// With Debian's compiled kernel, which takes no minutes to build and has modules to load.
+pub fn recipe() -> Recipe {
+    let kernel = Kernel { flavour: KernelFlavour::DebianBinary, ..Kernel::default() };
+    Recipe { kernel, ..Recipe::default() }
 }
 
 /// Whether a program is installed; says so when it is not.

@@ -43,13 +43,13 @@ fn builds_are_equal(recipe: &Recipe) {
 #[test]
 fn an_erofs_build_in_another_cache_gives_the_same_bytes() {
     if crate::common::has("mkfs.erofs") {
-        builds_are_equal(&Recipe::default());
+        builds_are_equal(&crate::common::recipe());
     }
 }
 
 #[test]
 fn an_ext4_build_with_verity_in_another_cache_gives_the_same_bytes() {
-    let mut recipe = Recipe::default();
+    let mut recipe = crate::common::recipe();
     recipe.rootfs.format = Format::Ext4;
     recipe.rootfs.verity = true;
     recipe.initrd.compression = Compression::Zstd;

@@ -10,7 +10,7 @@ use caisson_config_service::{
 use caisson_protocol::config::SandboxConfig;
 use serde::Serialize;
 
-use crate::{built, digest, host, launcher, output::Format, program, vmm_program};
+use crate::{built, digest, host, launcher, output::Format, program};
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
@@ -171,13 +171,13 @@ fn kernel(config: &SandboxConfig) -> Kernel {
 /// None when the launcher is not there, which is then one of the configuration's problems.
 async fn hypervisor(installation: &Installation, config: &SandboxConfig) -> Option<Hypervisor> {
     let launcher = launcher::find(&installation.program_dirs, &config.hypervisor)?;
-    let path = vmm_program::path(config);
-    let told = launcher::capabilities(&launcher, path).await;
+    let path = config.vm.hypervisor_path.clone();
+    let told = launcher::capabilities(&launcher, Some(config)).await;
     let (version, accelerator, accelerator_reason) = match told {
         Ok(told) => (told.version, told.accelerator, told.accelerator_reason),
         Err(error) => (format!("unknown: {error:#}"), String::new(), String::new()),
     };
-    let path = path.map_or_else(|| launcher.display().to_string(), str::to_owned);
+    let path = if path.is_empty() { launcher.display().to_string() } else { path };
     Some(Hypervisor {
         name: config.hypervisor.clone(),
         sha256: digest(&path),

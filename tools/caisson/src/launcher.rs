@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::Context;
+use caisson_protocol::config::SandboxConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::program;
@@ -30,6 +31,16 @@ pub(crate) struct Capabilities {
     /// Why something cannot be done.
     #[serde(default)]
     pub(crate) missing: BTreeMap<String, String>,
+    /// The hypervisor's program; empty where that is the launcher itself.
+    #[serde(default)]
+    pub(crate) hypervisor_path: String,
+}
+
+impl Capabilities {
+    /// The hypervisor's program, of which `launcher` told.
+    pub(crate) fn program(&self, launcher: &Path) -> PathBuf {
+        if self.hypervisor_path.is_empty() { launcher.to_owned() } else { self.hypervisor_path.clone().into() }
+    }
 }
 
 /// The launcher of `hypervisor` in the first of `dirs` that has it.
@@ -44,10 +55,13 @@ pub(crate) fn installed(dirs: &[PathBuf]) -> BTreeSet<String> {
     programs.filter_map(|entry| Some(entry.file_name().to_str()?.strip_prefix(PREFIX)?.to_owned())).collect()
 }
 
-/// What the hypervisor that `launcher` is for can do here; `hypervisor` is its program, or the launcher's choice.
-pub(crate) async fn capabilities(launcher: &Path, hypervisor: Option<&str>) -> anyhow::Result<Capabilities> {
+/// What the hypervisor that `launcher` is for can do here as `config` has it: with its program and its options. Without
+/// one it is as the launcher chooses.
+pub(crate) async fn capabilities(launcher: &Path, config: Option<&SandboxConfig>) -> anyhow::Result<Capabilities> {
     let mut arguments = vec!["capabilities", "--json"];
-    arguments.extend(hypervisor.into_iter().flat_map(|path| ["--hypervisor", path]));
+    if let Some(config) = config {
+        arguments.extend(["--hypervisor", &config.vm.hypervisor_path, "--options", &config.options]);
+    }
     answer(launcher, &arguments).await
 }
 

@@ -14,7 +14,6 @@ mod launcher;
 mod output;
 mod program;
 mod terminal;
-mod vmm_program;
 
 use std::{io, process::ExitCode};
 

@@ -15,7 +15,8 @@ case $1 in
 options) echo '[{"key":"machine_type","type":"string","default":"q35","accepted":["q35","microvm"],"doc":"The machine."}]' ;;
 capabilities) cat <<END ;;
 {"version": "QEMU emulator version 9.9.9 (Debian)", "accelerator": "tcg", "accelerator_reason": "there is no KVM",
- "devices": ["block", "fs"], "hotplug": ["block"], "operations": ["snapshot"], "missing": {"net-hotplug": "the machine has no slots"}}
+ "devices": ["block", "fs"], "hotplug": ["block"], "operations": ["snapshot"], "missing": {"net-hotplug": "the machine has no slots"},
+ "hypervisor_path": "$4"}
 END
 esac
 "#;
@@ -155,7 +156,8 @@ fn the_list_of_hypervisors_tells_what_works_and_why_not() {
         let line = list.lines().find(|line| line.split_whitespace().any(|word| word == name)).unwrap();
         line.split_whitespace().collect::<Vec<_>>()
     };
-    assert_eq!(line("*")[..5], ["*", "qemu", "qemu", "9.9.9", "tcg"]);
+    let program = host.path("bin/qemu");
+    assert_eq!(line("*")[..6], ["*", "qemu", "qemu", text(&program), "9.9.9", "tcg"]);
     assert_eq!(line("*")[line("*").len() - 10..], ["yes", "yes", "no", "no", "no", "yes", "no", "no", "no", "no"]);
     for sentence in [
         "qemu: no network hotplug: the machine has no slots",
@@ -168,25 +170,81 @@ fn the_list_of_hypervisors_tells_what_works_and_why_not() {
     let json = host.json(&["hypervisor", "list"]);
     assert_eq!(json.as_array().unwrap().len(), 7, "{json:#}");
     assert_eq!(json[6]["name"], "other");
+    assert_eq!(json[1]["program"], text(&program));
 }
 
 #[test]
-fn a_hypervisor_that_is_not_in_force_is_asked_about_the_program_of_its_own_configuration() {
+fn a_hypervisor_is_shown_with_its_program_and_its_own_keys() {
     let host = Host::new();
-    host.program("caisson-vmm-firecracker", "#!/bin/sh\ncase $1 in\noptions) echo '[]' ;;\ncapabilities) echo '{\"version\": \"'$4'\", \
-                  \"accelerator\": \"kvm\", \"accelerator_reason\": \"\", \"devices\": [\"fs\"], \"hotplug\": [], \"operations\": []}' ;;\nesac\n");
+    let shown = host.ask(&["hypervisor", "show", "qemu"]);
+    let program = format!("\nprogram          {}\n", host.path("bin/qemu").display());
+    let keys = "machine_type  \"q35\"    The machine.";
+    for part in ["QEMU emulator version 9.9.9", "tcg (there is no KVM)", "\nin force         yes\n", &program, keys] {
+        assert!(shown.contains(part), "no \"{part}\" in:\n{shown}");
+    }
+    assert_eq!(host.json(&["hypervisor", "show", "qemu"])["program"], text(&host.path("bin/qemu")));
+}
+
+/// A launcher that finds only what it is told of, and tells of its options.
+const PARTICULAR: &str = r#"#!/bin/sh
+case $1 in
+options) echo '[{"key":"slots","type":"integer","default":0}]' ;;
+capabilities)
+    [ -e "$4" ] || { echo "caisson-vmm-firecracker: execute /usr/bin/firecracker: no such file" >&2; exit 1; }
+    case $6 in 'slots = 3'*) hotplug='"block"' ;; esac
+    echo "{\"version\": \"1\", \"accelerator\": \"kvm\", \"accelerator_reason\": \"\", \"devices\": [\"fs\"], \
+        \"hotplug\": [$hotplug], \"operations\": [], \"hypervisor_path\": \"$4\"}" ;;
+esac
+"#;
+
+#[test]
+fn a_hypervisor_is_asked_as_its_own_configuration_has_it() {
+    let host = Host::new();
+    host.program("caisson-vmm-firecracker", PARTICULAR);
     let qemu = fs::read_to_string(host.path("configuration.toml")).unwrap();
-    fs::write(host.path("configuration-fc.toml"), qemu.replace("[hypervisor.qemu]", "[hypervisor.fc]")).unwrap();
+    // Also when something else is wrong with it.
+    let own = qemu.replace("[hypervisor.qemu]", "[hypervisor.fc]\nslots = 3\nkernle = 1");
+    fs::write(host.path("configuration-fc.toml"), own).unwrap();
     let list = host.json(&["hypervisor", "list"]);
     let line = list.as_array().unwrap().iter().find(|line| line["name"] == "firecracker").unwrap();
-    assert_eq!(line["version"].as_str(), host.path("bin/qemu").to_str(), "{line:#}");
+    let expected = (&"yes".into(), &text(&host.path("bin/qemu")).into());
+    assert_eq!((&line["features"]["block_hotplug"], &line["program"]), expected, "{line:#}");
+    let shown = host.json(&["hypervisor", "show", "fc"]);
+    assert_eq!(shown["program"], text(&host.path("bin/qemu")), "{shown:#}");
+    assert_eq!(shown["capabilities"]["hotplug"][0], "block", "{shown:#}");
+    assert_eq!(shown["in_force"], false);
 }
 
 #[test]
-fn a_hypervisor_is_shown_with_its_own_keys() {
-    let shown = Host::new().ask(&["hypervisor", "show", "qemu"]);
-    for part in ["QEMU emulator version 9.9.9", "tcg (there is no KVM)", "machine_type  \"q35\"    The machine."] {
-        assert!(shown.contains(part), "no \"{part}\" in:\n{shown}");
+fn a_configuration_in_force_that_cannot_be_used_is_told_with_its_hypervisor() {
+    let host = Host::new();
+    host.configure("configuration.toml", "kernle = 1\n");
+    let list = host.ask(&["hypervisor", "list"]);
+    assert!(list.lines().any(|line| line.starts_with("*  qemu")), "{list}");
+    let sentence = "qemu: its configuration cannot be used: ";
+    assert!(list.lines().any(|line| line.trim().starts_with(sentence) && line.contains("unknown key")), "{list}");
+    let line = &host.json(&["hypervisor", "list"])[1];
+    assert_eq!((&line["in_force"], line["problems"].as_array().map(Vec::len)), (&true.into(), Some(1)), "{line:#}");
+    assert!(host.ask(&["hypervisor", "show", "qemu"]).contains("cannot be used"));
+}
+
+#[test]
+fn a_configuration_in_force_that_names_no_hypervisor_is_told() {
+    let host = Host::new();
+    fs::write(host.path("configuration.toml"), "[hypervisor.qemu\n").unwrap();
+    let output = host.run(&["hypervisor", "list", "--json"]);
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(told.starts_with("caisson: no hypervisor is in force: the configuration "), "{told}");
+    assert!(serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap().is_array());
+}
+
+#[test]
+fn a_check_looks_for_what_root_file_systems_on_disks_take() {
+    let host = Host::new();
+    host.configure("configuration.toml", "rootfs = \"block\"\nrootfs_writable = \"disk\"\n");
+    let found = host.json(&["check"]);
+    for subject in ["mkfs.erofs", "mkfs.ext4", "layer cache"] {
+        assert!(found.as_array().unwrap().iter().any(|finding| finding["subject"] == subject), "{subject}: {found:#}");
     }
 }
 
@@ -241,6 +299,19 @@ fn a_file_of_kata_containers_becomes_one_of_ours_and_is_never_written_over_anoth
     assert!(refused.contains("exists: move it away first"), "{refused}");
     let printed = host.ask(&["config", "import", text(&kata)]);
     assert_eq!(printed, fs::read_to_string(&output).unwrap());
+}
+
+#[test]
+fn an_imported_configuration_names_the_kernel_that_the_hypervisor_boots() {
+    let host = Host::new();
+    let options = r#"[{"key":"kernel","default":"/usr/share/caisson/bzImage"}]"#;
+    host.program("caisson-vmm-stratovirt", &format!("#!/bin/sh\necho '{options}'\n"));
+    let kata = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kata/go/stratovirt.toml");
+    let printed = host.ask(&["config", "import", text(&kata)]);
+    assert!(
+        printed.contains(&format!("\nkernel = \"{}\"\n", host.path("share/caisson/bzImage").display())),
+        "{printed}"
+    );
 }
 
 #[test]

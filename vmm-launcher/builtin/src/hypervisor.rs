@@ -75,7 +75,7 @@ impl Hypervisor for Builtin {
         describe::<Options>(DOCS)
     }
 
-    async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
+    async fn capabilities(path: &Path, _options: &str) -> Result<CapabilitiesResponse> {
         check_program(path)?;
         let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
         let (accelerator, accelerator_reason) = match kvm::probe_aside().await {

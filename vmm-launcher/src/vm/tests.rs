@@ -29,7 +29,7 @@ impl Hypervisor for Fake {
         serde_json::Value::Null
     }
 
-    async fn capabilities(_: &Path) -> Result<CapabilitiesResponse> {
+    async fn capabilities(_: &Path, _: &str) -> Result<CapabilitiesResponse> {
         Ok(CapabilitiesResponse::default())
     }
 

@@ -7,10 +7,20 @@ use caisson_protocol::{
     status::{Code, Status},
     vmm::{CapabilitiesRequest, CapabilitiesResponse},
 };
+use tokio::process::Command;
 
 use crate::fixture::{Backend, LIMIT, Launcher, children, for_backend, text};
 
-for_backend!(qemu, Qemu, another_program_is_none, one_that_ends_when_it_is_asked_is_told, one_that_hangs_is_told);
+for_backend!(
+    qemu,
+    Qemu,
+    another_program_is_none,
+    one_that_ends_when_it_is_asked_is_told,
+    one_that_hangs_is_told,
+    what_can_be_done_depends_on_the_machine,
+    a_machine_that_does_not_exist_can_do_nothing,
+    the_command_line_tells_the_same
+);
 for_backend!(
     cloud_hypervisor,
     CloudHypervisor,
@@ -34,7 +44,11 @@ for_backend!(
 );
 
 async fn ask(launcher: &Launcher, path: &str) -> Result<CapabilitiesResponse, Status> {
-    let request = CapabilitiesRequest { hypervisor_path: path.into(), ..Default::default() };
+    ask_about(launcher, path, "").await
+}
+
+async fn ask_about(launcher: &Launcher, path: &str, options: &str) -> Result<CapabilitiesResponse, Status> {
+    let request = CapabilitiesRequest { hypervisor_path: path.into(), options: options.into(), ..Default::default() };
     let told = launcher.client.capabilities(deadline(LIMIT), &request).await.map_err(Status::from);
     assert_eq!(children(launcher.child.id().unwrap()), Vec::<u32>::new());
     told
@@ -83,6 +97,41 @@ async fn an_installed_one_tells_what_it_can_do(backend: Backend) {
     assert_eq!(without_vfio(&able.hotplug), hotplug, "{able}");
     assert_eq!(able.operations, operations, "{able}");
     assert_eq!(able.accelerator, "kvm", "{able}");
+}
+
+const Q35: &str = "machine_type = \"q35\"";
+
+async fn what_can_be_done_depends_on_the_machine(backend: Backend) {
+    let launcher = Launcher::start(backend).await;
+    let of = async |options: &str| {
+        let mut able = ask_about(&launcher, "", &format!("{}\n{options}", backend.options())).await.unwrap();
+        // With an IOMMU it is another one.
+        able.hotplug.retain(|kind| kind != "vfio");
+        able
+    };
+    let (microvm, q35) = (of("").await, of(Q35).await);
+    assert_eq!(microvm.operations, ["pause", "snapshot", "resize-balloon", "adopt"]);
+    assert_eq!(q35.operations, ["pause", "snapshot", "resize-balloon", "resize-vcpus", "resize-memory", "adopt"]);
+    assert_eq!((microvm.hotplug, q35.hotplug), (vec![], vec!["block".to_owned(), "net".to_owned()]));
+    assert!(microvm.missing["resize-vcpus"].contains("q35"));
+    assert!(!q35.missing.values().any(|why| why.contains("microvm")), "{:?}", q35.missing);
+    assert!(q35.devices.contains(&"pmem".to_owned()), "{:?}", q35.devices);
+    assert_eq!(q35.hypervisor_path, "/usr/bin/qemu-system-x86_64");
+}
+
+async fn a_machine_that_does_not_exist_can_do_nothing(backend: Backend) {
+    let launcher = Launcher::start(backend).await;
+    let status = ask_about(&launcher, "", "machine_type = \"pc\"").await.unwrap_err();
+    assert_eq!(status.code, Code::INVALID_ARGUMENT);
+    assert!(status.message.contains("expected `microvm` or `q35`"), "{status}");
+}
+
+async fn the_command_line_tells_the_same(backend: Backend) {
+    let mut command = Command::new(backend.launcher());
+    let output = command.args(["capabilities", "--json", "--options", Q35]).output().await.unwrap();
+    let told: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(told["operations"].as_array().unwrap().contains(&"resize-vcpus".into()), "{told:#}");
+    assert_eq!(told["hypervisor_path"], "/usr/bin/qemu-system-x86_64");
 }
 
 async fn another_program_is_none(backend: Backend) {

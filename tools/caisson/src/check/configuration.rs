@@ -1,9 +1,10 @@
 //! Can this configuration run here?
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use caisson_config_service::{installation::Installation, problem::Problems, resolve::Resolved};
 use caisson_protocol::config::SandboxConfig;
+use nix::unistd::{AccessFlags, access};
 
 use super::Finding;
 use crate::{host, launcher::Capabilities, program};
@@ -35,6 +36,16 @@ pub(super) async fn examine(
     }
     if let Some(shared) = config.shared_fs.as_ref() {
         findings.push(virtiofsd(&shared.daemon_path).await);
+    } else {
+        findings.push(inotify(&host::read("/proc/sys/fs/inotify/max_user_instances")));
+    }
+    if let Some(block_rootfs) = config.block_rootfs.as_ref() {
+        let dirs = &installation.program_dirs;
+        findings.push(tool(dirs, "mkfs.erofs", "erofs-utils"));
+        if block_rootfs.writable_disk_mib > 0 {
+            findings.push(tool(dirs, "mkfs.ext4", "e2fsprogs"));
+        }
+        findings.push(layer_cache(Path::new(&block_rootfs.layer_cache_path)));
     }
     findings.push(memory(config.vm.memory_mib, host::memory()));
     findings.push(vcpus(config.vm.vcpus, host::cpus()));
@@ -83,6 +94,44 @@ async fn virtiofsd(path: &str) -> Finding {
     }
 }
 
+/// A program that makes file systems, of Debian's `package`.
+fn tool(dirs: &[PathBuf], name: &str, package: &str) -> Finding {
+    match program::find(dirs, name) {
+        Some(path) => Finding::pass(name, path.display().to_string()),
+        None => Finding::fail(name, "not on the PATH: it makes disks of images", format!("install {package}")),
+    }
+}
+
+/// The first sandbox makes the folder.
+fn layer_cache(folder: &Path) -> Finding {
+    let there = folder.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(folder);
+    let (shown, place) = (folder.display(), there.display());
+    let able = match there.is_dir() {
+        true => access(there, AccessFlags::W_OK | AccessFlags::X_OK).map_err(|errno| errno.desc()),
+        false => Err("not a folder"),
+    };
+    match able {
+        Ok(()) => Finding::pass("layer cache", shown.to_string()),
+        Err(why) => {
+            let found = format!("{shown} cannot be written: {place}: {why}");
+            Finding::fail("layer cache", found, "set `layer_cache_path` to a folder that can be written")
+        }
+    }
+}
+
+/// As many pods are watched at once, by all programs of one user.
+const ENOUGH_INSTANCES: u32 = 1024;
+
+/// What is copied into guests that see no directory of the host is watched, to be copied again.
+fn inotify(instances: &str) -> Finding {
+    let found = format!("fs.inotify.max_user_instances is {}", instances.trim());
+    if instances.trim().parse().is_ok_and(|instances: u32| instances < ENOUGH_INSTANCES) {
+        let found = format!("{found}: containers whose mounts are copied take one each");
+        return Finding::warn("inotify", found, format!("sysctl fs.inotify.max_user_instances={ENOUGH_INSTANCES}"));
+    }
+    Finding::pass("inotify", found)
+}
+
 fn memory(wanted: u64, host: host::Memory) -> Finding {
     let found = format!("{wanted} MiB for each sandbox; the host has {} MiB, {} available", host.total, host.available);
     if wanted > host.total {
@@ -128,6 +177,33 @@ mod tests {
         let told = hypervisor(&config, Some(&Err(anyhow::anyhow!("execute /usr/bin/firecracker: no such file"))));
         assert_eq!(told.found, "execute /usr/bin/firecracker: no such file");
         assert!(told.remedy.unwrap().starts_with("install firecracker"));
+    }
+
+    #[test]
+    fn what_makes_disks_is_named_with_its_package() {
+        let told = tool(&["/nonexistent".into()], "mkfs.erofs", "erofs-utils");
+        assert_eq!((told.verdict, told.remedy.as_deref()), (Verdict::Fail, Some("install erofs-utils")));
+        assert_eq!(tool(&["/bin".into()], "sh", "dash"), Finding::pass("sh", "/bin/sh"));
+    }
+
+    #[test]
+    fn a_layer_cache_may_still_have_to_be_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("a/b");
+        assert_eq!(layer_cache(&folder), Finding::pass("layer cache", folder.display().to_string()));
+    }
+
+    #[test]
+    fn a_layer_cache_that_cannot_be_written_is_told_with_what_is_in_the_way() {
+        let told = layer_cache(Path::new("/proc/self/status/layers"));
+        let found = "/proc/self/status/layers cannot be written: /proc/self/status: not a folder";
+        assert_eq!((told.verdict, told.found.as_str()), (Verdict::Fail, found));
+    }
+
+    #[test]
+    fn few_instances_of_inotify_are_a_warning_with_how_to_have_more() {
+        assert_eq!(inotify("128\n").remedy.as_deref(), Some("sysctl fs.inotify.max_user_instances=1024"));
+        assert_eq!(inotify("1024\n"), Finding::pass("inotify", "fs.inotify.max_user_instances is 1024"));
     }
 
     #[tokio::test]

@@ -12,7 +12,6 @@ use serde::Serialize;
 use crate::{
     launcher::{self, Capabilities},
     output::{Format, table},
-    vmm_program,
 };
 
 #[derive(clap::Args)]
@@ -91,7 +90,7 @@ async fn ask_launcher(
     config: &caisson_protocol::config::SandboxConfig,
 ) -> Option<anyhow::Result<Capabilities>> {
     let launcher = launcher::find(&installation.program_dirs, &config.hypervisor)?;
-    Some(launcher::capabilities(&launcher, vmm_program::path(config)).await)
+    Some(launcher::capabilities(&launcher, Some(config)).await)
 }
 
 fn code(findings: &[Finding], strict: bool) -> ExitCode {

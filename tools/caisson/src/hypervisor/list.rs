@@ -7,17 +7,16 @@ use caisson_config_service::{
     resolve::Resolver,
     switch::{self, Listed},
 };
-use caisson_protocol::config::SandboxConfig;
 use serde::Serialize;
 
 use super::{
+    configuration_of,
     features::{self, Answer},
     known::{self, Known},
 };
 use crate::{
     launcher::{self, Capabilities},
     output::{Format, table},
-    vmm_program,
 };
 
 /// One line of the list.
@@ -28,6 +27,10 @@ pub(crate) struct Line {
     known: Option<Facts>,
     /// Whether new sandboxes get it.
     in_force: bool,
+    /// The file by which it was asked; none where the launcher chose.
+    configuration: Option<PathBuf>,
+    /// Why no sandbox can be made by that file.
+    problems: Vec<String>,
     /// None when it is not installed.
     launcher: Option<PathBuf>,
     #[serde(flatten)]
@@ -47,6 +50,8 @@ struct Facts {
 #[serde(untagged)]
 enum Found {
     Works {
+        /// The hypervisor's own.
+        program: PathBuf,
         version: String,
         /// Empty where it cannot run.
         accelerator: String,
@@ -61,24 +66,20 @@ enum Found {
 pub(super) async fn run(installation: Installation, format: Format) -> anyhow::Result<()> {
     let dirs = installation.program_dirs.clone();
     let mut resolver = Resolver::new(installation);
-    let in_force = resolver.resolve(None).await.map(|resolved| resolved.config).ok();
     let configurations = switch::list(&mut resolver).await;
     let mut lines = Vec::new();
     // One after the other: launchers that try KVM at the same time keep each other from it.
     for name in names(&dirs) {
-        let is_in_force = in_force.as_ref().is_some_and(|config| config.hypervisor == name);
-        let config = if is_in_force { in_force.clone() } else { usable(&mut resolver, &configurations, &name).await };
-        let program = config.as_ref().and_then(vmm_program::path);
-        lines.push(line(name, is_in_force, &dirs, program).await);
+        lines.push(line(&name, &dirs, configuration_of(&configurations, &name)).await);
     }
-    format.print(&lines, |lines| text(lines))
-}
-
-/// What a sandbox of the hypervisor `name` would be made of: its path may differ from the launcher's choice.
-async fn usable(resolver: &mut Resolver, configurations: &[Listed], name: &str) -> Option<SandboxConfig> {
-    let chosen = |listed: &&Listed| listed.hypervisor.as_deref() == Some(name) && listed.problems.is_empty();
-    let file = configurations.iter().find(chosen)?;
-    resolver.resolve(Some(&file.path)).await.map(|resolved| resolved.config).ok()
+    format.print(&lines, |lines| text(lines))?;
+    // What is in force may be so wrong that it names none of them.
+    if !lines.iter().any(|line| line.in_force)
+        && let Err(problems) = resolver.resolve(None).await
+    {
+        eprintln!("caisson: no hypervisor is in force: {problems}");
+    }
+    Ok(())
 }
 
 /// The product's in their order, then others that have a launcher.
@@ -90,31 +91,40 @@ fn names(dirs: &[PathBuf]) -> Vec<String> {
     names
 }
 
-async fn line(name: String, in_force: bool, dirs: &[PathBuf], program: Option<&str>) -> Line {
-    let launcher = launcher::find(dirs, &name);
+async fn line(name: &str, dirs: &[PathBuf], configuration: Option<&Listed>) -> Line {
+    let launcher = launcher::find(dirs, name);
+    let config = configuration.map(|listed| &listed.config);
     let found = match &launcher {
         None => Found::DoesNot { problem: format!("not installed: there is no caisson-vmm-{name}") },
-        Some(launcher) => match launcher::capabilities(launcher, program).await {
-            Ok(told) => works(told),
+        Some(launcher) => match launcher::capabilities(launcher, config).await {
+            Ok(told) => works(told.program(launcher), told),
             Err(error) => Found::DoesNot { problem: format!("{error:#}") },
         },
     };
-    let known = known::find(&name).map(|Known { name, architectures, kind, .. }| Facts {
+    let known = known::find(name).map(|Known { name, architectures, kind, .. }| Facts {
         short: known::short(name),
         architectures,
         kind,
     });
-    Line { name, known, in_force, launcher, found }
+    Line {
+        name: name.to_owned(),
+        known,
+        in_force: configuration.is_some_and(|listed| listed.in_force),
+        configuration: configuration.map(|listed| listed.path.clone()),
+        problems: configuration.map(|listed| listed.problems.clone()).unwrap_or_default(),
+        launcher,
+        found,
+    }
 }
 
-fn works(told: Capabilities) -> Found {
+fn works(program: PathBuf, told: Capabilities) -> Found {
     let features = features::ALL.iter().map(|feature| (feature.name, feature.of(&told))).collect();
     let (accelerator, accelerator_reason) = (told.accelerator, told.accelerator_reason);
-    Found::Works { version: told.version, accelerator, accelerator_reason, features }
+    Found::Works { program, version: told.version, accelerator, accelerator_reason, features }
 }
 
 fn text(lines: &[Line]) -> String {
-    let mut head = vec!["", "NAME", "SHORT", "VERSION", "BY", "TYPE", "ARCHITECTURES"];
+    let mut head = vec!["", "NAME", "SHORT", "PROGRAM", "VERSION", "BY", "TYPE", "ARCHITECTURES"];
     head.extend(features::ALL.iter().map(|feature| feature.heading));
     let mut list = table(&head);
     for line in lines {
@@ -136,25 +146,31 @@ fn cells(line: &Line) -> Vec<String> {
         Some(known) => (known.short, known.kind, known.architectures.join(" ")),
         None => ("-", "-", "-".to_owned()),
     };
-    let (version, accelerator, answers): (_, _, Vec<_>) = match &line.found {
-        Found::Works { version, accelerator, features, .. } => {
+    let (program, version, accelerator, answers): (_, _, _, Vec<_>) = match &line.found {
+        Found::Works { program, version, accelerator, features, .. } => {
             let words = features::ALL.iter().map(|feature| match features.get(feature.name) {
                 Some(Answer::Yes) => "yes",
                 Some(Answer::No(_)) | None => "no",
             });
             let accelerator = if accelerator.is_empty() { "-" } else { accelerator };
-            (first_number(version), accelerator, words.collect())
+            (program.display().to_string(), first_number(version), accelerator, words.collect())
         }
-        Found::DoesNot { .. } => ("-", "-", vec!["-"; features::ALL.len()]),
+        Found::DoesNot { .. } => ("-".to_owned(), "-", "-", vec!["-"; features::ALL.len()]),
     };
-    let cells = [star, &line.name, short, version, accelerator, kind, &architectures];
+    let cells = [star, &line.name, short, &program, version, accelerator, kind, &architectures];
     cells.into_iter().chain(answers).map(str::to_owned).collect()
 }
 
 /// Features that are missing for the same reason share a sentence.
 fn why_not(line: &Line) -> Vec<String> {
+    let problem = |problem| format!("{}: its configuration cannot be used: {problem}", line.name);
+    let unusable = line.problems.iter().map(problem);
     match &line.found {
-        Found::DoesNot { problem } => vec![format!("{}: {problem}", line.name)],
+        // Whatever else is wrong with the configuration of one that cannot be had matters only when that is in force.
+        Found::DoesNot { problem } => {
+            let unusable = unusable.take_while(|_| line.in_force);
+            [format!("{}: {problem}", line.name)].into_iter().chain(unusable).collect()
+        }
         Found::Works { accelerator, accelerator_reason, features, .. } => {
             let mut by_reason: Vec<(&str, Vec<&str>)> = Vec::new();
             for feature in &features::ALL {
@@ -168,7 +184,7 @@ fn why_not(line: &Line) -> Vec<String> {
                 |(reason, words): (&str, Vec<&str>)| format!("{}: no {}: {reason}", line.name, words.join(", "));
             let does_not_run =
                 accelerator.is_empty().then(|| format!("{}: cannot run here: {accelerator_reason}", line.name));
-            does_not_run.into_iter().chain(by_reason.into_iter().map(sentence)).collect()
+            does_not_run.into_iter().chain(unusable).chain(by_reason.into_iter().map(sentence)).collect()
         }
     }
 }
@@ -197,7 +213,15 @@ mod tests {
     }
 
     fn qemu() -> Line {
-        Line { name: "qemu".into(), known: None, in_force: true, launcher: Some("/x".into()), found: works(told()) }
+        Line {
+            name: "qemu".into(),
+            known: None,
+            in_force: true,
+            configuration: None,
+            problems: Vec::new(),
+            launcher: Some("/x".into()),
+            found: works("/q".into(), told()),
+        }
     }
 
     #[test]
@@ -218,14 +242,14 @@ mod tests {
     #[test]
     fn a_hypervisor_that_cannot_run_here_has_a_dash_and_a_reason() {
         let told = Capabilities { accelerator: String::new(), accelerator_reason: "it needs KVM".into(), ..told() };
-        let line = Line { found: works(told), ..qemu() };
-        assert_eq!(cells(&line)[4], "-");
+        let line = Line { found: works("/q".into(), told), ..qemu() };
+        assert_eq!(cells(&line)[5], "-");
         assert_eq!(why_not(&line)[0], "qemu: cannot run here: it needs KVM");
     }
 
     #[tokio::test]
     async fn a_hypervisor_without_launcher_is_in_the_list_and_said_not_to_be_installed() {
-        let line = line("acrn".into(), false, &["/nonexistent".into()], None).await;
+        let line = line("acrn", &["/nonexistent".into()], None).await;
         let text = text(&[line]);
         assert!(text.contains("acrn: not installed: there is no caisson-vmm-acrn"), "{text}");
     }
@@ -236,5 +260,6 @@ mod tests {
         assert_eq!(json["features"]["file_sharing"], "yes");
         assert_eq!(json["features"]["tdx"]["no"], "needs KVM");
         assert_eq!(json["in_force"], true);
+        assert_eq!((&json["program"], &json["launcher"]), (&"/q".into(), &"/x".into()));
     }
 }

@@ -6,7 +6,7 @@ mod list;
 mod show;
 mod switch;
 
-use caisson_config_service::installation::Installation;
+use caisson_config_service::{installation::Installation, switch::Listed};
 use clap::Subcommand;
 
 use crate::output::Format;
@@ -18,7 +18,7 @@ pub(crate) enum Command {
   caisson hypervisor list
   caisson hypervisor list --json | jq '.[] | select(.launcher) | .name'")]
     List,
-    /// Show one hypervisor: where it is, what it can do here and why not, and its own option keys.
+    /// Show one hypervisor: where its program is, what it can do here as it is configured and why not, and its option keys.
     #[command(after_help = "Examples:
   caisson hypervisor show qemu
   caisson hypervisor show fc --json")]
@@ -41,7 +41,14 @@ pub(crate) async fn run(command: Command, format: Format) -> anyhow::Result<()> 
     let installation = Installation::of_this_program();
     match command {
         Command::List => list::run(installation, format).await,
-        Command::Show { name } => show::run(&installation, &name, format).await,
+        Command::Show { name } => show::run(installation, &name, format).await,
         Command::Use(arguments) => switch::run(installation, arguments, format).await,
     }
+}
+
+/// Of all `listed` configurations the one that tells how sandboxes of the hypervisor `name` are made: the one in force, or
+/// else one that could be.
+fn configuration_of<'a>(listed: &'a [Listed], name: &str) -> Option<&'a Listed> {
+    let of_it = listed.iter().filter(|listed| listed.hypervisor.as_deref() == Some(name));
+    of_it.min_by_key(|listed| (!listed.in_force, !listed.problems.is_empty()))
 }

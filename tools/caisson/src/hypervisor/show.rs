@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
-use caisson_config_service::{hypervisor, installation::Installation};
+use caisson_config_service::{hypervisor, installation::Installation, resolve::Resolver, switch};
 use serde::Serialize;
 
 use super::{
+    configuration_of,
     features::{self, Answer},
     known::{self, Known},
 };
@@ -21,21 +22,42 @@ struct Shown {
     name: String,
     #[serde(flatten)]
     known: Option<&'static Known>,
+    /// Whether new sandboxes get it.
+    in_force: bool,
+    /// The file by which it was asked; none where the launcher chose.
+    configuration: Option<PathBuf>,
+    /// Why no sandbox can be made by that file.
+    problems: Vec<String>,
     launcher: PathBuf,
+    /// The hypervisor's own.
+    program: PathBuf,
     capabilities: Capabilities,
     /// As `caisson-vmm-<name> options` tells them.
     options: serde_json::Value,
 }
 
-pub(super) async fn run(installation: &Installation, name: &str, format: Format) -> anyhow::Result<()> {
+pub(super) async fn run(installation: Installation, name: &str, format: Format) -> anyhow::Result<()> {
     let name = hypervisor::canonical(name);
     let launcher = match launcher::find(&installation.program_dirs, name) {
         Some(launcher) => launcher,
-        None => bail!("{}", not_installed(installation, name)),
+        None => bail!("{}", not_installed(&installation, name)),
     };
-    let capabilities = launcher::capabilities(&launcher, None).await.with_context(|| format!("ask about {name}"))?;
+    let configurations = switch::list(&mut Resolver::new(installation)).await;
+    let configuration = configuration_of(&configurations, name);
+    let config = configuration.map(|listed| &listed.config);
+    let capabilities = launcher::capabilities(&launcher, config).await.with_context(|| format!("ask about {name}"))?;
     let options = launcher::options(&launcher).await?;
-    let shown = Shown { name: name.to_owned(), known: known::find(name), launcher, capabilities, options };
+    let shown = Shown {
+        name: name.to_owned(),
+        known: known::find(name),
+        in_force: configuration.is_some_and(|listed| listed.in_force),
+        configuration: configuration.map(|listed| listed.path.clone()),
+        problems: configuration.map(|listed| listed.problems.clone()).unwrap_or_default(),
+        program: capabilities.program(&launcher),
+        launcher,
+        capabilities,
+        options,
+    };
     format.print(&shown, text)
 }
 
@@ -58,7 +80,12 @@ fn text(shown: &Shown) -> String {
         facts.push(("type", known.kind.to_owned()));
         facts.push(("architectures", known.architectures.join(" ")));
     }
+    facts.push(("in force", if shown.in_force { "yes" } else { "no" }.to_owned()));
+    let file = shown.configuration.as_ref().map(|file| file.display().to_string());
+    facts.push(("configuration", file.unwrap_or_else(|| "none".to_owned())));
+    facts.extend(shown.problems.iter().map(|problem| ("cannot be used", problem.clone())));
     facts.push(("launcher", shown.launcher.display().to_string()));
+    facts.push(("program", shown.program.display().to_string()));
     facts.push(("version", told.version.clone()));
     let by = if told.accelerator.is_empty() { "nothing" } else { &told.accelerator };
     facts.push(("runs by", format!("{by} ({})", told.accelerator_reason)));

@@ -19,6 +19,7 @@ use caisson_vmm_launcher::{
     console::{Audience, Console, log_of},
     guest_vsock::GuestVsock,
     hypervisor::{Created, Hypervisor},
+    kernel,
     options::{describe, parse, with_defaults},
     outlive::Lifetime,
     process::Process,
@@ -85,10 +86,10 @@ impl Hypervisor for Acrn {
     const HUGE_PAGES: Result<(), &'static str> = Err("acrn-dm always takes them, and is not asked");
 
     fn options() -> serde_json::Value {
-        with_defaults(describe::<Options>(DOCS), &[("shared_fs", "none".into())])
+        with_defaults(describe::<Options>(DOCS), &[("shared_fs", "none".into()), ("kernel", kernel::BZIMAGE.into())])
     }
 
-    async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
+    async fn capabilities(path: &Path, _options: &str) -> Result<CapabilitiesResponse> {
         let version = probe::version(path).await?;
         if !Path::new(HSM).exists() {
             return Err(Error::Unsupported(format!(

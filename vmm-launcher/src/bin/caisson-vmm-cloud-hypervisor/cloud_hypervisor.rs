@@ -103,7 +103,7 @@ impl Hypervisor for CloudHypervisor {
         describe::<Options>(DOCS)
     }
 
-    async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
+    async fn capabilities(path: &Path, _options: &str) -> Result<CapabilitiesResponse> {
         let mut able = CapabilitiesResponse { version: probe::version(path).await?, ..Default::default() };
         never(MISSING, &mut able);
         probe::devices(path, &mut able).await?;

@@ -103,7 +103,7 @@ impl Hypervisor for Firecracker {
         with_defaults(with_needs(describe::<Options>(DOCS), NEEDS), &[("shared_fs", "none".into())])
     }
 
-    async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
+    async fn capabilities(path: &Path, _options: &str) -> Result<CapabilitiesResponse> {
         let version = version::of(path).await?;
         let mut able = probe::ask(path, &version).await?;
         never(MISSING, &mut able);

@@ -261,11 +261,8 @@ impl CommandLine {
     }
 
     fn device(&mut self, driver: &str, id: &str, properties: &str) {
-        let bus = match self.machine_type {
-            MachineType::Microvm => "device",
-            MachineType::Q35 => "pci",
-        };
-        self.push("-device", format!("{driver}-{bus},id={id},{properties}"));
+        let driver = self.machine_type.driver(driver);
+        self.push("-device", format!("{driver},id={id},{properties}"));
     }
 
     /// A network card on PCI would bring a boot ROM.

@@ -2,6 +2,7 @@
 //!
 //! This folder holds QEMU's arguments, its machine protocol and what it can do; everything else is in the library.
 
+mod abilities;
 mod accelerator;
 mod card;
 mod command_line;

@@ -74,6 +74,14 @@ impl MachineType {
             Self::Q35 => Bus::Pci,
         }
     }
+
+    /// QEMU's driver of the `device` that is on this bus.
+    pub fn driver(self, device: &str) -> String {
+        match self {
+            Self::Microvm => format!("{device}-device"),
+            Self::Q35 => format!("{device}-pci"),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]

@@ -19,7 +19,6 @@ use caisson_protocol::{
 };
 use caisson_vmm_launcher::{
     Error, Result,
-    ability::{Ability, never},
     console::{self, Audience, Console},
     guest_vsock::GuestVsock,
     hypervisor::{Adopted, Created, Hypervisor},
@@ -40,13 +39,14 @@ use tokio::{net::UnixStream, time::timeout};
 use tracing::{debug, info};
 
 use crate::{
+    abilities,
     accelerator::{self, Accelerator},
     card::Card,
     command_line::{CommandLine, Socket},
     helpers::{Helpers, KnownHelpers},
     hotplug::Slots,
     kernel_params::kernel_params,
-    options::{DOCS, MachineType, NEEDS, Options},
+    options::{DOCS, NEEDS, Options},
     probe::Installed,
     saved::{self, Saved},
     sizes::Sizes,
@@ -64,31 +64,6 @@ const QEMU_AFTER_QMP: Duration = Duration::from_secs(1);
 const MAX_VCPUS: u32 = 255;
 /// The image is the first disk.
 const IMAGE_ID: &str = "image";
-
-const BALLOON: &str = "virtio-balloon-device";
-
-/// The driver that a kind of device takes.
-const DRIVERS: &[(&str, &str)] = &[
-    ("block", "virtio-blk-device"),
-    ("net", "virtio-net-device"),
-    ("vsock", "vhost-user-vsock-device"),
-    ("fs", "vhost-user-fs-device"),
-    ("balloon", BALLOON),
-    ("rng", "virtio-rng-device"),
-    ("console", "isa-serial"),
-];
-
-/// For `Capabilities`.
-const MISSING: &[(&str, &str)] = &[
-    ("block-hotplug", "microvm takes no devices while it runs; machine_type = \"q35\" does"),
-    ("net-hotplug", "microvm takes no devices while it runs; machine_type = \"q35\" does"),
-    ("pmem", "microvm has no place for pmem images; machine_type = \"q35\" has"),
-    ("vfio", "microvm has no PCI for devices of the host; machine_type = \"q35\" has"),
-    ("resize-vcpus", "microvm keeps the number that it was made with; machine_type = \"q35\" does not"),
-    ("resize-memory", "microvm keeps what it was made with; machine_type = \"q35\" does not"),
-    ("tdx", "the launcher starts no confidential guests yet"),
-    ("sev-snp", "the launcher starts no confidential guests yet"),
-];
 
 /// A running QEMU.
 pub struct Qemu {
@@ -116,22 +91,17 @@ impl Hypervisor for Qemu {
         with_needs(describe::<Options>(DOCS), NEEDS)
     }
 
-    async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
+    async fn capabilities(path: &Path, options: &str) -> Result<CapabilitiesResponse> {
+        let options: Options = parse(options)?;
         let installed = Installed::find(path).await?;
-        let (accelerator, why) = accelerator::choose(Options::default().accel).await?;
+        let (accelerator, why) = accelerator::choose(options.accel).await?;
         let mut able = CapabilitiesResponse {
             version: installed.version.clone(),
-            hotplug: hotplug_kinds(Options::default().machine_type),
             accelerator: accelerator.name().into(),
             accelerator_reason: why,
             ..Default::default()
         };
-        never(MISSING, &mut able);
-        able.operations = vec!["pause".into(), "snapshot".into()];
-        for (kind, driver) in DRIVERS {
-            Ability::Device(kind).tell(installed.can_give(driver), &mut able);
-        }
-        Ability::Operation("resize-balloon").tell(installed.can_give(BALLOON), &mut able);
+        abilities::tell(&installed, options.machine_type, &mut able);
         Ok(able)
     }
 
@@ -488,14 +458,6 @@ fn add(
         other => {
             Err(Error::Unsupported(format!("a {} device is not supported with QEMU yet", request::kind_name(other))))
         }
-    }
-}
-
-/// The kinds of device that a machine takes while it runs.
-fn hotplug_kinds(machine_type: MachineType) -> Vec<String> {
-    match machine_type {
-        MachineType::Microvm => Vec::new(),
-        MachineType::Q35 => vec!["block".into(), "net".into(), "vfio".into()],
     }
 }
 

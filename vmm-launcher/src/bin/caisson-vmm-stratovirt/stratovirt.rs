@@ -22,8 +22,8 @@ use caisson_vmm_launcher::{
     console::{Audience, Console},
     guest_vsock::GuestVsock,
     hypervisor::{Adopted, Created, Hypervisor},
-    kvm, metrics,
-    options::{describe, parse},
+    kernel, kvm, metrics,
+    options::{describe, parse, with_defaults},
     outlive::{Lifetime, Memory, connect as connect_to},
     process::{Ended, Process, Streams},
     qmp::Qmp,
@@ -130,10 +130,10 @@ impl Hypervisor for StratoVirt {
     const OUTLIVES_LAUNCHER: Result<(), &'static str> = Ok(());
 
     fn options() -> serde_json::Value {
-        describe::<Options>(DOCS)
+        with_defaults(describe::<Options>(DOCS), &[("kernel", kernel::BZIMAGE.into())])
     }
 
-    async fn capabilities(path: &Path) -> Result<CapabilitiesResponse> {
+    async fn capabilities(path: &Path, _options: &str) -> Result<CapabilitiesResponse> {
         let version = ask::version(path, "-version", "StratoVirt", "StratoVirt ").await?;
         kvm::require("StratoVirt").await?;
         let mut able = CapabilitiesResponse {

@@ -23,6 +23,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use caisson_config_service::{
+    defaults,
     installation::Installation,
     keys::{self, Key},
     resolve::Resolver,
@@ -81,13 +82,21 @@ fn own_prefix() -> anyhow::Result<PathBuf> {
 /// What our configuration of Kata's `hypervisor` may contain: the launcher's own keys only where it is installed.
 async fn known_keys(installation: &Installation, hypervisor: Option<&str>) -> anyhow::Result<KnownKeys> {
     let names = |keys: &[Key]| keys.iter().map(|key| key.name.to_owned()).collect();
-    let mut known =
-        KnownKeys { hypervisor: names(keys::HYPERVISOR), agent: names(keys::AGENT), runtime: names(keys::RUNTIME) };
+    let mut known = KnownKeys {
+        hypervisor: names(keys::HYPERVISOR),
+        agent: names(keys::AGENT),
+        runtime: names(keys::RUNTIME),
+        kernel: defaults::KERNEL.to_owned(),
+    };
     let ours = hypervisor.and_then(hypervisor::ours);
     if let Some(launcher) = ours.and_then(|name| launcher::find(&installation.program_dirs, name)) {
         let options = launcher::options(&launcher).await?;
-        let keys = options.as_array().into_iter().flatten().filter_map(|option| option["key"].as_str());
-        known.hypervisor.extend(keys.map(str::to_owned));
+        for option in options.as_array().into_iter().flatten() {
+            known.hypervisor.extend(option["key"].as_str().map(str::to_owned));
+            if let ("kernel", Some(kernel)) = (option["key"].as_str().unwrap_or_default(), option["default"].as_str()) {
+                known.kernel = kernel.to_owned();
+            }
+        }
     }
     Ok(known)
 }

@@ -33,7 +33,8 @@ fn known() -> KnownKeys {
     hypervisor.extend(
         ["machine_type", "cpu_features", "seccomp_sandbox", "jailer_path", "block_device_driver"].map(str::to_owned),
     );
-    KnownKeys { hypervisor, agent: names(keys::AGENT), runtime: names(keys::RUNTIME) }
+    let kernel = "/usr/share/caisson/vmlinux".to_owned();
+    KnownKeys { hypervisor, agent: names(keys::AGENT), runtime: names(keys::RUNTIME), kernel }
 }
 
 fn describe(fate: &Fate) -> String {

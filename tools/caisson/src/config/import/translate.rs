@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, path::Path};
 
+use caisson_config_service::defaults;
 use serde::Serialize;
 use toml::{Table, Value};
 
@@ -19,6 +20,8 @@ pub(super) struct KnownKeys {
     pub(super) hypervisor: BTreeSet<String>,
     pub(super) agent: BTreeSet<String>,
     pub(super) runtime: BTreeSet<String>,
+    /// The default kernel of the hypervisor, which boots it.
+    pub(super) kernel: String,
 }
 
 /// Our configuration, and how it came about.
@@ -80,8 +83,8 @@ pub(super) fn translate(kata: &Kata, known: &KnownKeys, prefix: &Path) -> Transl
         entries.push(Entry { key: setting.name(), value: setting.value.clone(), fate });
     }
     if ours.is_some() {
-        for (key, file) in [("kernel", "share/caisson/vmlinux"), ("initrd", "share/caisson/initrd.img")] {
-            written.hypervisor.insert(key.into(), prefix.join(file).display().to_string().into());
+        for (key, file) in [("kernel", known.kernel.as_str()), ("initrd", defaults::INITRD)] {
+            written.hypervisor.insert(key.into(), defaults::below(prefix, file).display().to_string().into());
         }
     }
     let why = theirs.map_or("there was none", hypervisor::why_not);
