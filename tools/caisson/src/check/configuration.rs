@@ -119,14 +119,14 @@ fn layer_cache(folder: &Path) -> Finding {
     }
 }
 
-/// As many pods are watched at once, by all programs of one user.
+/// Of all programs of one user: as many sandboxes follow the host at once.
 const ENOUGH_INSTANCES: u32 = 1024;
 
 /// What is copied into guests that see no directory of the host is watched, to be copied again.
 fn inotify(instances: &str) -> Finding {
     let found = format!("fs.inotify.max_user_instances is {}", instances.trim());
     if instances.trim().parse().is_ok_and(|instances: u32| instances < ENOUGH_INSTANCES) {
-        let found = format!("{found}: containers whose mounts are copied take one each");
+        let found = format!("{found}: a sandbox takes one to follow files that it copies");
         return Finding::warn("inotify", found, format!("sysctl fs.inotify.max_user_instances={ENOUGH_INSTANCES}"));
     }
     Finding::pass("inotify", found)

@@ -163,30 +163,35 @@ fn cells(line: &Line) -> Vec<String> {
 
 /// Features that are missing for the same reason share a sentence.
 fn why_not(line: &Line) -> Vec<String> {
-    let problem = |problem| format!("{}: its configuration cannot be used: {problem}", line.name);
-    let unusable = line.problems.iter().map(problem);
-    match &line.found {
-        // Whatever else is wrong with the configuration of one that cannot be had matters only when that is in force.
-        Found::DoesNot { problem } => {
-            let unusable = unusable.take_while(|_| line.in_force);
-            [format!("{}: {problem}", line.name)].into_iter().chain(unusable).collect()
-        }
+    let name = &line.name;
+    let (mut sentences, by_reason) = match &line.found {
+        Found::DoesNot { problem } => (vec![format!("{name}: {problem}")], Vec::new()),
         Found::Works { accelerator, accelerator_reason, features, .. } => {
-            let mut by_reason: Vec<(&str, Vec<&str>)> = Vec::new();
-            for feature in &features::ALL {
-                let Some(Answer::No(reason)) = features.get(feature.name) else { continue };
-                match by_reason.iter_mut().find(|(known, _)| known == reason) {
-                    Some((_, words)) => words.push(feature.words),
-                    None => by_reason.push((reason, vec![feature.words])),
-                }
-            }
-            let sentence =
-                |(reason, words): (&str, Vec<&str>)| format!("{}: no {}: {reason}", line.name, words.join(", "));
-            let does_not_run =
-                accelerator.is_empty().then(|| format!("{}: cannot run here: {accelerator_reason}", line.name));
-            does_not_run.into_iter().chain(unusable).chain(by_reason.into_iter().map(sentence)).collect()
+            let does_not_run = accelerator.is_empty().then(|| format!("{name}: cannot run here: {accelerator_reason}"));
+            (does_not_run.into_iter().collect(), missing(features))
+        }
+    };
+    // What else is wrong with the configuration of one that does not run matters only when that is in force.
+    if line.in_force || sentences.is_empty() {
+        let problems = line.problems.iter();
+        sentences.extend(problems.map(|problem| format!("{name}: its configuration cannot be used: {problem}")));
+    }
+    let sentence = |(reason, words): (&str, Vec<&str>)| format!("{name}: no {}: {reason}", words.join(", "));
+    sentences.extend(by_reason.into_iter().map(sentence));
+    sentences
+}
+
+/// What a hypervisor has not, by the reason.
+fn missing<'a>(features: &'a BTreeMap<&'static str, Answer>) -> Vec<(&'a str, Vec<&'static str>)> {
+    let mut by_reason: Vec<(&str, Vec<&str>)> = Vec::new();
+    for feature in &features::ALL {
+        let Some(Answer::No(reason)) = features.get(feature.name) else { continue };
+        match by_reason.iter_mut().find(|(known, _)| known == reason) {
+            Some((_, words)) => words.push(feature.words),
+            None => by_reason.push((reason, vec![feature.words])),
         }
     }
+    by_reason
 }
 
 /// Of "QEMU emulator version 7.2.22 (Debian …)" the number: the rest is told by `show`.
@@ -244,7 +249,11 @@ mod tests {
         let told = Capabilities { accelerator: String::new(), accelerator_reason: "it needs KVM".into(), ..told() };
         let line = Line { found: works("/q".into(), told), ..qemu() };
         assert_eq!(cells(&line)[5], "-");
-        assert_eq!(why_not(&line)[0], "qemu: cannot run here: it needs KVM");
+        let problems = vec!["no kernel".to_owned()];
+        let line = Line { in_force: false, problems, ..line };
+        let told = why_not(&line);
+        assert_eq!(told[0], "qemu: cannot run here: it needs KVM");
+        assert!(!told.iter().any(|sentence| sentence.contains("no kernel")), "{told:?}");
     }
 
     #[tokio::test]
