@@ -202,7 +202,8 @@ impl Fake {
             return Err("Invalid resize request");
         }
         if let Some(wanted) = resize.desired_ram {
-            self.hotplugged = wanted - self.memory;
+            let before = std::mem::replace(&mut self.hotplugged, wanted - self.memory);
+            (before != self.hotplugged).then_some(()).ok_or("new size and requested_size are identical")?;
         }
         if let Some(wanted) = resize.desired_balloon {
             *self.balloon.as_mut().ok_or("Missing balloon")? = wanted;

@@ -115,9 +115,13 @@ impl Api {
         self.0.put("vm.resize", &json!({ "desired_vcpus": vcpus })).await.map(drop)
     }
 
-    /// Gives the guest `mib` of memory.
+    /// Gives the guest `mib` of memory. What it was given before and has not taken yet Cloud Hypervisor refuses to give again.
     pub async fn resize_memory(&self, mib: u64) -> Result<()> {
-        self.0.put("vm.resize", &json!({ "desired_ram": mib << 20 })).await.map(drop)
+        let wanted = mib << 20;
+        if given(&self.info().await?) == wanted {
+            return Ok(());
+        }
+        self.0.put("vm.resize", &json!({ "desired_ram": wanted })).await.map(drop)
     }
 
     /// In MiB: how much memory the guest has, with what its balloon is to hold of it.
@@ -137,9 +141,8 @@ impl Api {
         let wanted = mib << 20;
         self.0.put("vm.resize", &json!({ "desired_balloon": wanted })).await?;
         let info = self.info().await?;
-        let memory = &info["config"]["memory"];
-        let given = bytes(&memory["size"]) + bytes(&memory["hotplugged_size"]);
-        Ok(given.saturating_sub(bytes(&info["memory_actual_size"])).min(before.max(wanted)) >> 20)
+        let held = given(&info).saturating_sub(bytes(&info["memory_actual_size"]));
+        Ok(held.min(before.max(wanted)) >> 20)
     }
 
     /// Adds a device to the list of the configuration that it belongs to. A network card comes with its open `taps`.
@@ -182,6 +185,12 @@ impl Api {
     pub async fn counters(&self) -> Result<Value> {
         self.0.get("vm.counters").await
     }
+}
+
+/// How much memory the guest was given, in bytes, also if it has not taken it yet.
+fn given(info: &Value) -> u64 {
+    let memory = &info["config"]["memory"];
+    bytes(&memory["size"]) + bytes(&memory["hotplugged_size"])
 }
 
 /// None where there is nothing.

@@ -72,6 +72,7 @@ async fn a_vm_with_every_device_lives_through_everything() {
     api.remove_device("late").await.unwrap();
     api.resize_vcpus(4).await.unwrap();
     api.resize_memory(512).await.unwrap();
+    api.resize_memory(512).await.unwrap();
     assert_eq!(api.resize_balloon(64).await.unwrap(), 64);
     assert_eq!(api.memory_mib().await.unwrap(), 512);
     assert_eq!(api.counters().await.unwrap()["root"]["read_bytes"], 512);

@@ -4,7 +4,7 @@ use std::{
 };
 
 use super::*;
-use crate::fake;
+use crate::{fake, options::MachineType};
 
 /// A process that has said "no such luck" and goes on.
 fn hanging() -> Process {
