@@ -11,6 +11,7 @@ use caisson_protocol::{
     vmm_ttrpc::VmmClient,
 };
 use nix::{
+    errno::Errno,
     sys::{
         signal::{Signal, kill},
         wait::{WaitPidFlag, WaitStatus, waitpid},
@@ -20,6 +21,7 @@ use nix::{
 use tokio::{
     net::UnixStream,
     process::{Child, Command},
+    signal::unix::{SignalKind, signal},
     sync::Mutex,
     task::spawn_blocking,
     time::timeout,
@@ -120,23 +122,35 @@ impl Launcher {
         if let Ok(Err(error)) = spawn_blocking(move || processes.end_all(END_DEADLINE)).await {
             warn!(%error, "not all processes of the virtual machine could be ended");
         }
-        self.reap_inherited();
-        reap_group(self.pid);
+        self.reap_inherited().await;
+        reap_group(self.pid).await;
     }
 
-    /// Lets the dead go whom this process has inherited from lost launchers. The VM has ended: until then a launcher may
-    /// come that has to tell how the hypervisor did, which the first to ask takes away.
-    pub fn reap_inherited(&self) {
-        self.lost.iter().copied().for_each(reap_group);
+    /// Waits for those whom this process has inherited from lost launchers, so that none stays as a dead one. The VM has
+    /// ended: until then a launcher may come that has to tell how the hypervisor did, which the first to ask takes away.
+    pub async fn reap_inherited(&self) {
+        for lost in &self.lost {
+            reap_group(*lost).await;
+        }
     }
 }
 
-/// Its leader has been waited for where the runtime waits for it.
-fn reap_group(leader: u32) {
-    let group = Pid::from_raw(-(leader as i32));
-    while let Ok(status) = waitpid(group, Some(WaitPidFlag::WNOHANG))
-        && status != WaitStatus::StillAlive
-    {}
+/// The group is about to end, and its leader has been waited for where the runtime waits for it.
+async fn reap_group(leader: u32) {
+    let ended = async {
+        let mut child_ended = signal(SignalKind::child())?;
+        loop {
+            match waitpid(Pid::from_raw(-(leader as i32)), Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) => drop(child_ended.recv().await),
+                Ok(_) => {}
+                Err(Errno::ECHILD) => return Ok(()),
+                Err(error) => return Err(io::Error::from(error)),
+            }
+        }
+    };
+    if let Err(error) = timeout(END_DEADLINE, ended).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+        warn!(launcher = leader, %error, "not all processes of a launcher have ended");
+    }
 }
 
 fn text(path: &Path) -> String {

@@ -141,7 +141,7 @@ impl Vm {
             let launcher = self.launcher();
             let lost = match launcher.client.wait(no_deadline(), &vmm::WaitRequest::new()).await {
                 Ok(end) => {
-                    launcher.reap_inherited();
+                    launcher.reap_inherited().await;
                     return end;
                 }
                 Err(error) => launcher_lost(error),
