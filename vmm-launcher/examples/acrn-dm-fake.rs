@@ -25,7 +25,7 @@ const SECTOR: u64 = 512;
 fn main() {
     let guest = parse(std::env::args().skip(1));
     if guest.does("hang") {
-        sleep();
+        stay();
     }
     // What is in its place it takes away.
     let _ = fs::remove_file(&guest.monitor);
@@ -71,18 +71,18 @@ fn live(guest: &Guest, console: &mut File) -> i32 {
             println!("vm_run: failed to run the guest");
             1
         }
-        _ => sleep(),
+        _ => stay(),
     }
 }
 
 /// The hypervisor makes a triple fault a power-off (hypervisor/arch/x86/guest/vm_reset.c). After Linux's other ways acrn-dm
 /// makes its VM anew, and so on.
 fn restart(guest: &Guest) -> i32 {
-    if guest.bootargs.split(' ').any(|word| word == "reboot=t") { 0 } else { sleep() }
+    if guest.bootargs.split(' ').any(|word| word == "reboot=t") { 0 } else { stay() }
 }
 
 /// Until it is ended.
-fn sleep() -> ! {
+fn stay() -> ! {
     loop {
         thread::park();
     }
