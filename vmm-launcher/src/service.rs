@@ -76,7 +76,11 @@ impl<H: Hypervisor> vmm_ttrpc::Vmm for Service<H> {
 
     async fn stop(&self, _: &TtrpcContext, request: StopRequest) -> ttrpc::Result<StopResponse> {
         let grace = Duration::from_millis(request.grace_ms.into());
-        self.whole(move |vm| async move { Ok(vm.stop(grace).await) }).await?;
+        self.whole(move |vm| async move {
+            vm.stop(grace).await;
+            Ok(())
+        })
+        .await?;
         Ok(StopResponse::default())
     }
 
