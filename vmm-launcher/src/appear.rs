@@ -5,6 +5,7 @@ use std::{io, mem::MaybeUninit, os::fd::AsFd, path::Path};
 use rustix::{
     event::{PollFd, PollFlags, poll},
     fs::inotify::{CreateFlags, Reader, WatchFlags, add_watch, init},
+    io::retry_on_intr,
     process::{Pid, PidfdFlags, pidfd_open},
 };
 
@@ -25,7 +26,8 @@ pub fn until_exists(path: &Path, pid: u32) -> io::Result<bool> {
     let mut events = [MaybeUninit::uninit(); 4096];
     while !path.exists() {
         let mut ready = [PollFd::new(&watch, PollFlags::IN), PollFd::new(&process, PollFlags::IN)];
-        poll(&mut ready, None)?;
+        // The end of another child interrupts it.
+        retry_on_intr(|| poll(&mut ready, None))?;
         if !ready[1].revents().is_empty() {
             return Ok(false);
         }

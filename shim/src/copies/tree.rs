@@ -117,7 +117,8 @@ impl Source {
 }
 
 impl Tree {
-    /// Looks at what is at `source`; what files hold is read for [`Self::changes_from`]. Calls `visit` for each folder before it looks into it, and for `source` itself.
+    /// Looks at what is at `source`; what files hold is read for [`Self::changes_from`]. Calls `visit` for each folder before
+    /// it looks into it, and for `source` itself.
     pub fn read(source: &Source, mut visit: impl FnMut(&Path) -> io::Result<()>) -> Result<Self, Refusal> {
         let mut tree = Self::default();
         let mut bytes = 0;
