@@ -29,6 +29,7 @@ for_backend!(
     a_guest_with_hybrid_vsock_is_not_saved,
     a_guest_with_a_pmem_image_is_not_saved,
     a_running_guest_is_not_saved,
+    a_guest_is_saved_to_an_empty_directory_only,
     a_guest_with_a_shared_folder_is_not_saved,
     what_is_no_snapshot_is_refused
 );

@@ -27,7 +27,7 @@ use caisson_vmm_launcher::{
     outlive::{Lifetime, Memory},
     process::{Ended, Process, Streams},
     qmp::Qmp,
-    request,
+    request, snapshot,
     sockets::Sockets,
     time_stamp::Moment,
     vfio::HostDevice,
@@ -155,6 +155,7 @@ impl Hypervisor for Qemu {
                     .into(),
             ));
         }
+        snapshot::check(status::state(&self.qmp).await?, &request.directory)?;
         saved::save(Path::new(&request.directory), &self.run_dir, &self.qmp).await
     }
 
